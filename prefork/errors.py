@@ -1,0 +1,84 @@
+"""Every exception of prefork, rooted at `PreforkError`.
+
+A message says what happened, to what, with the value, and what was allowed.
+Errors are raised once, near the cause, and become a log line, a status or an
+exit code at one boundary.
+"""
+
+from __future__ import annotations
+
+
+class PreforkError(Exception):
+    """The root: `except PreforkError` catches everything that prefork raises itself."""
+
+
+class ConfigError(PreforkError):
+    """A setting is unknown, of the wrong kind, or contradicts another."""
+
+
+class StartError(PreforkError):
+    """`serve` cannot start here: inside a running event loop, in a thread, on an unfit platform."""
+
+
+class AddressError(PreforkError, ValueError):
+    """An address to bind cannot be understood."""
+
+
+class ListenError(PreforkError, OSError):
+    """An address cannot be bound. `errno` is the kernel's, where it was the kernel that refused."""
+
+
+class TLSError(PreforkError):
+    """A certificate, a key or a TLS setting cannot be used."""
+
+
+class LoadError(PreforkError):
+    """The application cannot be loaded."""
+
+
+class NoSuchModule(LoadError):
+    """The module of `module:attr` does not exist (nor one of its parents)."""
+
+
+class NoSuchAttribute(LoadError):
+    """The module was imported and lacks the attribute of `module:attr`."""
+
+
+class ImportFailed(LoadError):
+    """The module exists and raised while it was imported; `traceback` is the application's own."""
+
+    def __init__(self, message: str, traceback: str) -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+class LifespanFailed(PreforkError):
+    """The application said `lifespan.startup.failed`, or raised where only that was allowed."""
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+class FrameError(PreforkError):
+    """The bytes on an IPC channel are not frames, or descriptors were lost on the way."""
+
+
+class ChannelClosed(PreforkError, ConnectionError):
+    """The other end of an IPC channel is gone, or this end was closed."""
+
+
+class ResponseError(PreforkError):
+    """The application's response breaks HTTP: an invalid header, too many or too few bytes."""
+
+
+class GatewayError(PreforkError):
+    """The application broke its interface (ASGI, WSGI, native): expected one thing, got another."""
+
+
+class ClientDisconnected(PreforkError, ConnectionError):
+    """The client went away before the exchange was complete."""
+
+
+class UnknownEvent(PreforkError, ValueError):
+    """A listener asked for an event that is never emitted here."""

@@ -1,0 +1,120 @@
+"""Shared memory between the master and its workers: one slot of plain numbers per worker.
+
+The memory is made before the first fork and never grows. Nothing here waits, locks
+or notifies: whoever is curious reads, and a reader may see one field new and the
+next one old.
+
+Every field has one writer at a time. The master owns a slot while it has no
+process and hands it over by forking; `deadline` goes with it, from the boot
+deadline that the master sets to the heartbeat of the worker's own loop.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+from prefork.errors import ConfigError
+
+# Two cache lines of 64 bytes: CPUs fetch them in pairs, so a busy worker's counters would
+# otherwise slow down its neighbour's.
+SLOT_SIZE = 128  # bytes
+
+# A field is read and written as one aligned machine word, so a reader never sees half a
+# number. memoryview.cast copies whole words; struct's "<q" would go byte by byte.
+WORD = 8  # bytes
+
+
+class Count:
+    """A field that holds a whole number."""
+
+    __slots__ = ("_index",)
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __get__(self, slot: Slot, owner: Any = None) -> int:
+        return slot.whole[self._index]
+
+    def __set__(self, slot: Slot, value: int) -> None:
+        slot.whole[self._index] = value
+
+
+class Instant:
+    """A field that holds seconds of CLOCK_MONOTONIC (`time.monotonic`), which all processes share; 0 is none."""
+
+    __slots__ = ("_index",)
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __get__(self, slot: Slot, owner: Any = None) -> float:
+        return slot.real[self._index]
+
+    def __set__(self, slot: Slot, value: float) -> None:
+        slot.real[self._index] = value
+
+
+class Slot:
+    """What is known of one worker. The comments say who writes the field."""
+
+    __slots__ = ("index", "real", "whole")
+
+    pid = Count(0)  # master; 0: nobody lives here
+    generation = Count(1)  # master
+    state = Count(2)  # master; a number of the cluster's lifecycle table
+    started_at = Instant(3)  # master
+    deadline = Instant(4)  # master until the worker listens, then the worker's event loop
+    opened = Count(5)  # worker: connections since it started
+    closed = Count(6)  # worker: those of them that have ended
+    requests = Count(7)  # worker: answered since it started
+    in_flight = Count(8)  # worker: requests without a complete response
+
+    def __init__(self, index: int, memory: memoryview) -> None:
+        self.index = index
+        self.whole = memory.cast("q")
+        self.real = memory.cast("d")
+
+    @property
+    def connections(self) -> int:
+        """Open now."""
+        return self.opened - self.closed
+
+    def reset(self) -> None:
+        """Back to zero, for the slot's next process. The last one must have been reaped."""
+        for index in range(SLOT_SIZE // WORD):
+            self.whole[index] = 0
+
+    def release(self) -> None:
+        """Let go of the memory; the slot cannot be used any more."""
+        self.whole.release()
+        self.real.release()
+
+
+class Scoreboard:
+    """A fixed number of slots in anonymous shared memory. It goes away with the last process that has it."""
+
+    def __init__(self, slots: int) -> None:
+        if slots < 1:
+            raise ConfigError(f"a scoreboard needs at least 1 slot, not {slots}")
+        self._memory = mmap.mmap(-1, slots * SLOT_SIZE)
+        self._view = memoryview(self._memory)
+        self._slots = [Slot(index, self._view[index * SLOT_SIZE : (index + 1) * SLOT_SIZE]) for index in range(slots)]
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, index: int) -> Slot:
+        return self._slots[index]
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots)
+
+    def close(self) -> None:
+        """Unmap this process's view; the other processes keep theirs."""
+        for slot in self._slots:
+            slot.release()
+        self._slots = []
+        self._view.release()
+        self._memory.close()
