@@ -1,0 +1,1 @@
+"""Messages between processes, each of which may own descriptors. Knows nothing of workers."""

@@ -1,0 +1,25 @@
+"""How the workers of one server get their connections from one address."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from prefork.net.address import Address, TCPAddress
+
+
+class Sharing(StrEnum):
+    """What the workers share of a listener."""
+
+    INHERIT = "inherit"  # one socket, inherited by all; whoever is awake accepts
+    REUSEPORT = "reuseport"  # one socket per slot, the kernel spreads connections by their hash
+    HANDOFF = "handoff"  # one socket that only the master accepts from, and sends connections on
+
+
+def effective_sharing(sharing: Sharing, address: Address) -> Sharing:
+    """*sharing*, or what stands in for it where *address* cannot have it.
+
+    SO_REUSEPORT spreads nothing on a unix socket, and a descriptor we were given is one socket.
+    """
+    if sharing is Sharing.REUSEPORT and not isinstance(address, TCPAddress):
+        return Sharing.INHERIT
+    return sharing
