@@ -1,0 +1,1 @@
+"""How an application is called: loading it, and ASGI, WSGI and native handlers over one `Exchange`."""

@@ -1,0 +1,269 @@
+"""Between an application's thread and the event loop that carries its exchange.
+
+The thread reads and sends as if the network were a file: `read` and `send` block.
+The loop reads ahead and writes behind. What lies between is bounded in both
+directions, and a side is woken once for what has gathered, not once for each call.
+
+Only the thread ever waits on the condition, and `stop` wakes it for good. `run` calls
+`stop` however it ends, so a client that vanishes, a response that breaks HTTP or a
+cancelled task cannot leave a thread blocked: its next call raises ClientDisconnected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import IO, Any, Protocol, TypeVar
+
+from prefork.errors import ClientDisconnected, GatewayError
+from prefork.gateway.exchange import Exchange
+from prefork.protocol.events import Headers
+
+T = TypeVar("T")
+
+# Bytes in each direction above which the faster side waits for the slower one: as much
+# again as the exchange and the transport hold (asyncio's high-water mark). One piece,
+# however large, is always let through, since the application already holds it.
+HIGH_WATER = 64 * 1024
+
+# Bytes of a body kept in memory while it is read before the call; the rest goes to a
+# temporary file. Apache's mod_buffer takes 128 KiB, Django's uploads 2.5 MiB.
+SPOOL_SIZE = 1024 * 1024
+
+
+class RunInThread(Protocol):
+    """How the worker lends a thread: `lambda call: loop.run_in_executor(pool, call)`."""
+
+    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]: ...
+
+
+class Bridge:
+    """One exchange, as a thread may use it while `run` carries it."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._loop = asyncio.get_running_loop()
+        self._changed = threading.Condition()  # guards all that follows
+        self._stopped: str | None = None  # why the thread must give up
+
+        self._is_reading = False
+        self._reader: asyncio.Task[None] | None = None
+        self._input: list[bytes] = []
+        self._input_size = 0
+        self._input_ended = False
+        self._input_room = asyncio.Event()
+
+        self._head: tuple[int, Headers] | None = None
+        self._output: list[bytes] = []
+        self._output_size = 0
+        self._output_ended = False
+        self._output_announced = False  # the loop has been woken and has not looked yet
+        self._output_ready = asyncio.Event()
+
+    # ---- the loop ----
+
+    async def run(self, call: Callable[[], T], run_in_thread: RunInThread) -> T:
+        """Run *call* in a thread and carry its exchange until it returns.
+
+        Raises what *call* raised; ClientDisconnected in its place if the thread had
+        been told that the client is gone, because the one follows from the other.
+        """
+        thread = asyncio.ensure_future(run_in_thread(lambda: _without_stop_iteration(call)))
+        thread.add_done_callback(lambda _: self._output_ready.set())
+        try:
+            await self._carry(thread)
+            return self._outcome(thread)
+        except Exception as exc:
+            self.stop(str(exc))
+            # The application still owes its close(), and the slot its truth about what is in flight.
+            await asyncio.wait((thread,))
+            if not thread.cancelled():
+                thread.exception()  # seen: asyncio would call it "never retrieved"
+            raise
+        finally:
+            self.stop("the exchange is over")
+            thread.cancel()  # a call that no thread has picked up yet is withdrawn
+            if self._reader is not None:
+                self._reader.cancel()
+
+    def read_ahead(self) -> None:
+        """Begin to read the body before the thread asks: saves it a wait."""
+        self._is_reading = True
+        self._start_reading()
+
+    def stop(self, reason: str) -> None:
+        """From any thread: every call of the application's thread raises ClientDisconnected from now on."""
+        with self._changed:
+            if self._stopped is None:
+                self._stopped = reason
+            self._changed.notify_all()
+
+    # ---- the application's thread ----
+
+    def read(self) -> bytes:
+        """What has arrived of the body, b"" at its end. Blocks until there is something."""
+        with self._changed:
+            if not self._is_reading:
+                self._is_reading = True
+                self._in_loop(self._start_reading)
+            while not self._input and not self._input_ended and self._stopped is None:
+                self._changed.wait()
+            self._check()
+            pieces, self._input = self._input, []
+            was_full = self._input_size >= HIGH_WATER
+            self._input_size = 0
+        if was_full:
+            self._in_loop(self._input_room.set)
+        return b"".join(pieces)
+
+    def start(self, status: int, headers: Headers) -> None:
+        """Begin the response; it leaves with the first piece."""
+        with self._changed:
+            self._head = (status, headers)
+
+    def send(self, data: bytes, more: bool) -> None:
+        """Hand over a piece; *more* false completes the response. Blocks while the client is slow."""
+        with self._changed:
+            while self._output_size >= HIGH_WATER and self._stopped is None:
+                self._changed.wait()
+            self._check()
+            if self._output_ended:
+                raise GatewayError("a piece of body was sent after the response was complete")
+            self._output.append(data)
+            self._output_size += len(data)
+            self._output_ended = not more
+            is_news, self._output_announced = not self._output_announced, True
+        if is_news:
+            self._in_loop(self._output_ready.set)
+
+    # ---- inside ----
+
+    async def _carry(self, thread: asyncio.Future[T]) -> None:
+        """Pass pieces on until the thread has ended and nothing is left."""
+        while True:
+            is_last = thread.done()  # looked at before the pieces: what came before the end is seen
+            await self._pass_on()
+            if is_last:
+                return
+            await self._output_ready.wait()
+            self._output_ready.clear()
+
+    async def _pass_on(self) -> None:
+        """One write for all that has gathered."""
+        with self._changed:
+            head, self._head = self._head, None
+            pieces, self._output = self._output, []
+            more = not self._output_ended
+            self._output_size = 0
+            self._output_announced = False
+            self._changed.notify_all()
+        if head is not None:
+            self._exchange.start(*head)
+        if pieces:
+            await self._exchange.write(pieces[0] if len(pieces) == 1 else b"".join(pieces), more)
+
+    def _outcome(self, thread: asyncio.Future[T]) -> T:
+        try:
+            return thread.result()
+        except Exception as exc:
+            if self._stopped is None or self._exchange.responded:  # a whole response has lost nothing
+                raise
+            raise ClientDisconnected(self._stopped) from exc
+
+    def _start_reading(self) -> None:
+        if self._stopped is None:
+            self._reader = self._loop.create_task(self._read_body())
+
+    async def _read_body(self) -> None:
+        try:
+            while data := await self._exchange.read():
+                if self._give(data):
+                    await self._input_room.wait()
+                    self._input_room.clear()
+        except ClientDisconnected as exc:
+            self.stop(str(exc))
+        except BaseException:
+            self.stop("the body of the request could not be read")
+            raise
+        else:
+            self._give_end()
+
+    def _give(self, data: bytes) -> bool:
+        """True if the thread should catch up first."""
+        with self._changed:
+            self._input.append(data)
+            self._input_size += len(data)
+            self._changed.notify_all()
+            return self._input_size >= HIGH_WATER
+
+    def _give_end(self) -> None:
+        with self._changed:
+            self._input_ended = True
+            self._changed.notify_all()
+
+    def _check(self) -> None:
+        if self._stopped is not None:
+            raise ClientDisconnected(self._stopped)
+
+    def _in_loop(self, callback: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # the loop was closed while the application worked
+            self.stop("the event loop is closed")
+            raise ClientDisconnected("the event loop is closed") from None
+
+
+class BridgedBody(io.RawIOBase):
+    """The body of a request as a raw file, for an `io.BufferedReader` in the application's thread."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = memoryview(self._bridge.read())
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def readall(self) -> bytes:
+        pieces = [bytes(self._rest)]
+        self._rest = memoryview(b"")
+        while piece := self._bridge.read():
+            pieces.append(piece)
+        return b"".join(pieces)
+
+
+def open_body(bridge: Bridge, exchange: Exchange) -> IO[bytes]:
+    """The body as a binary file that blocks until the bytes asked for are there."""
+    if not exchange.request.has_body:
+        return io.BytesIO()
+    return io.BufferedReader(BridgedBody(bridge), HIGH_WATER)
+
+
+@asynccontextmanager
+async def spooled_body(exchange: Exchange) -> AsyncIterator[IO[bytes]]:
+    """The whole body, read before the block begins, for an application called in the loop's own thread."""
+    with tempfile.SpooledTemporaryFile(SPOOL_SIZE) as body:
+        if exchange.request.has_body:
+            while data := await exchange.read():
+                body.write(data)
+            body.seek(0)
+        yield body
+
+
+def _without_stop_iteration(call: Callable[[], T]) -> T:
+    """asyncio's futures refuse StopIteration, so whoever awaits one would wait for ever."""
+    try:
+        return call()
+    except StopIteration as exc:
+        raise RuntimeError("the application raised StopIteration") from exc

@@ -1,0 +1,341 @@
+"""What a native handler is given and gives: `Request`, `Response`, `Headers`.
+
+Nothing here sends: a `Response` is a value, and `HandlerGateway` makes bytes of it.
+
+Header names and values are `str` here and bytes (latin-1) on the wire; names are in
+lower case in both, and found whatever the case they are asked in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, MutableMapping
+from typing import IO, Any
+from urllib.parse import parse_qsl, unquote
+
+from prefork.errors import GatewayError, PreforkError
+from prefork.gateway.exchange import Exchange
+from prefork.gateway.file import File, guess_content_type
+from prefork.protocol.events import Headers as RawHeaders
+
+Body = bytes | str | Iterable[bytes] | AsyncIterable[bytes]
+HeaderItems = Mapping[str, str] | Iterable[tuple[str, str]]
+
+JSON = "application/json"
+TEXT = "text/plain; charset=utf-8"
+BINARY = "application/octet-stream"
+
+
+class MalformedBody(PreforkError, ValueError):
+    """The body of a request is not the JSON it should be. Answered with 400 unless the handler catches it."""
+
+
+class Headers(MutableMapping[str, str]):
+    """Header fields in order. `[name]` is the first of that name; `get_all` gives each of a repeated one."""
+
+    __slots__ = ("raw",)
+
+    def __init__(self, items: HeaderItems | None = None) -> None:
+        self.raw: RawHeaders = []
+        if isinstance(items, Headers):
+            self.raw.extend(items.raw)
+        elif items is not None:
+            for name, value in items.items() if isinstance(items, Mapping) else items:
+                self.add(name, value)
+
+    @classmethod
+    def of(cls, raw: RawHeaders) -> Headers:
+        """A view of *raw*, whose names are in lower case."""
+        headers = cls()
+        headers.raw = raw
+        return headers
+
+    def __getitem__(self, name: str) -> str:
+        key = _key(name)
+        for candidate, value in self.raw:
+            if candidate == key:
+                return value.decode("latin-1")
+        raise KeyError(name)
+
+    def get_all(self, name: str) -> list[str]:
+        """Every value of *name*, in order; empty if there is none."""
+        key = _key(name)
+        return [value.decode("latin-1") for candidate, value in self.raw if candidate == key]
+
+    def add(self, name: str, value: str) -> None:
+        """One more field, beside those of the same name: a second Set-Cookie."""
+        self.raw.append(_field(name, value))
+
+    def __setitem__(self, name: str, value: str) -> None:
+        """The only field of its name."""
+        field = _field(name, value)
+        self.raw = [kept for kept in self.raw if kept[0] != field[0]]
+        self.raw.append(field)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(name)
+        key = _key(name)
+        self.raw = [kept for kept in self.raw if kept[0] != key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(name.decode("latin-1") for name, _ in self.raw))
+
+    def __len__(self) -> int:
+        return len({name for name, _ in self.raw})
+
+    def __repr__(self) -> str:
+        return f"Headers({[(name.decode('latin-1'), value.decode('latin-1')) for name, value in self.raw]!r})"
+
+
+class Query(Mapping[str, str]):
+    """The parameters of a query string. `[name]` is the first of that name; `get_all` gives each."""
+
+    __slots__ = ("items_in_order",)
+
+    def __init__(self, query_string: bytes) -> None:
+        self.items_in_order = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
+
+    def __getitem__(self, name: str) -> str:
+        for candidate, value in self.items_in_order:
+            if candidate == name:
+                return value
+        raise KeyError(name)
+
+    def get_all(self, name: str) -> list[str]:
+        """Every value of *name*, in order; empty if there is none."""
+        return [value for candidate, value in self.items_in_order if candidate == name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict(self.items_in_order))
+
+    def __len__(self) -> int:
+        return len(dict(self.items_in_order))
+
+    def __repr__(self) -> str:
+        return f"Query({self.items_in_order!r})"
+
+
+class Request:
+    """One request, as a native handler sees it.
+
+    An async handler awaits `body`, `json` or `stream`. A plain one, which runs in a
+    thread and cannot await, has the same body as `content`, `load_json` and `file`;
+    these block that thread until the bytes have come. *worker* is the cluster's
+    worker this runs in. *client* and *server* are (host, port), *client* None on a
+    Unix socket. *raw_path* and *query_string* are bytes as sent, still escaped.
+    """
+
+    __slots__ = (
+        "_content",
+        "_exchange",
+        "_file",
+        "_headers",
+        "_is_streamed",
+        "_query",
+        "client",
+        "http_version",
+        "method",
+        "query_string",
+        "raw_path",
+        "scheme",
+        "server",
+        "worker",
+    )
+
+    def __init__(self, exchange: Exchange, worker: Any = None) -> None:
+        self.method = exchange.request.method
+        self.raw_path = exchange.request.path
+        self.query_string = exchange.request.query
+        self.http_version = exchange.request.version
+        self.scheme = exchange.scheme
+        self.client = exchange.client
+        self.server = exchange.server
+        self.worker = worker
+        self._exchange = exchange
+        self._headers: Headers | None = None
+        self._query: Query | None = None
+        self._content: bytes | None = None
+        self._is_streamed = False
+        self._file: IO[bytes] | None = None
+
+    @property
+    def path(self) -> str:
+        """Decoded: escapes, then UTF-8; what is not UTF-8 becomes U+FFFD."""
+        return unquote(self.raw_path.decode("latin-1"))
+
+    @property
+    def headers(self) -> Headers:
+        if self._headers is None:
+            self._headers = Headers.of(self._exchange.request.headers)
+        return self._headers
+
+    @property
+    def query(self) -> Query:
+        if self._query is None:
+            self._query = Query(self.query_string)
+        return self._query
+
+    # ---- the body, for async handlers ----
+
+    async def body(self) -> bytes:
+        """The whole body. Raises ClientDisconnected if the client went away in the middle."""
+        if self._content is None and self._file is None:
+            self._content = b"".join([piece async for piece in self.stream()])
+        return self.content
+
+    async def json(self) -> Any:
+        """The body as JSON. Raises MalformedBody, which becomes a 400 unless it is caught."""
+        await self.body()
+        return self.load_json()
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The body in pieces as they arrive; the sender is held back while the handler is slow."""
+        if self._content is not None or self._file is not None:
+            yield self.content
+            return
+        if self._is_streamed:
+            raise GatewayError("the body of the request was streamed already, and is not kept")
+        self._is_streamed = True
+        while piece := await self._exchange.read():
+            yield piece
+
+    # ---- the body, for plain handlers ----
+
+    @property
+    def content(self) -> bytes:
+        """The whole body. In an async handler only after `await request.body()`."""
+        if self._content is None:
+            self._content = self.file.read()
+        return self._content
+
+    def load_json(self) -> Any:
+        """`content` as JSON. Raises MalformedBody, which becomes a 400 unless it is caught."""
+        try:
+            return json.loads(self.content)
+        except (ValueError, RecursionError) as exc:  # RecursionError: a body of nothing but "["
+            raise MalformedBody(f"the body of the request is not JSON: {exc}") from exc
+
+    @property
+    def file(self) -> IO[bytes]:
+        """The body as a binary file, for what is too large for `content`. Plain handlers only."""
+        if self._file is None:
+            raise GatewayError("an async handler reads the body with 'await request.body()' or 'request.stream()'")
+        return self._file
+
+    def lend_file(self, file: IO[bytes] | None) -> None:
+        """The gateway's: *file* blocks, so it is there while a plain handler runs, and None otherwise."""
+        self._file = file
+
+    def __repr__(self) -> str:
+        return f"<Request {self.method} {self.path}>"
+
+
+class Response:
+    """An answer: a status, headers and a body.
+
+    *body* is bytes, str (sent as UTF-8) or an iterable of bytes, async or not, which
+    is sent piece by piece as the client takes it. *content_type* defaults to
+    text/plain for str and application/octet-stream for the rest, nothing for an empty
+    body. Raises GatewayError for a status, header or body that cannot be one.
+    """
+
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(
+        self,
+        body: Body = b"",
+        status: int = 200,
+        headers: HeaderItems | None = None,
+        content_type: str | None = None,
+    ) -> None:
+        self.status = _status(status)
+        self.headers = Headers(headers)
+        default_type = TEXT if isinstance(body, str) else BINARY if body else None
+        self.body: bytes | File | Iterable[bytes] | AsyncIterable[bytes] = _body(body)
+        if content_type is not None:
+            self.headers["content-type"] = content_type
+        elif default_type is not None and "content-type" not in self.headers:
+            self.headers["content-type"] = default_type
+
+    @classmethod
+    def json(cls, value: Any, status: int = 200, headers: HeaderItems | None = None) -> Response:
+        """*value* as JSON, compact. Raises TypeError or ValueError for what JSON has no form for, NaN included."""
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return cls(text.encode(), status, headers, JSON)
+
+    @classmethod
+    def file(
+        cls,
+        path: str | os.PathLike[str],
+        headers: HeaderItems | None = None,
+        content_type: str | None = None,
+    ) -> Response:
+        """The file at *path*, read while it is sent, off the event loop.
+
+        Answers ranges (206, 416) and conditions (304) by ETag and Last-Modified;
+        404 if there is no regular file of that name. Keep *path* inside the directory
+        you mean: nothing else does. The content type is guessed from the name.
+        """
+        response = cls(b"", 200, headers)
+        response.body = File(os.fspath(path))
+        if content_type is not None or "content-type" not in response.headers:
+            response.headers["content-type"] = content_type or guess_content_type(response.body.path)
+        return response
+
+    def __repr__(self) -> str:
+        return f"<Response {self.status}>"
+
+
+def as_response(result: object) -> Response:
+    """What a handler returned, as a Response. Raises GatewayError for what it may not return."""
+    if isinstance(result, Response):
+        return result
+    if result is None:
+        return Response(status=204)
+    if isinstance(result, str | bytes):
+        return Response(result)
+    if isinstance(result, dict | list):
+        return Response.json(result)
+    raise GatewayError(f"the handler returned {_kind(result)}, allowed are Response, str, bytes, dict, list and None")
+
+
+def _status(status: object) -> int:
+    if isinstance(status, int) and not isinstance(status, bool) and 200 <= status <= 999:
+        return int(status)  # an http.HTTPStatus too
+    raise GatewayError(f"the status of a response is {status!r}, an int from 200 to 999 was expected")
+
+
+def _body(body: object) -> bytes | Iterable[bytes] | AsyncIterable[bytes]:
+    if isinstance(body, bytes):
+        return body
+    if isinstance(body, str):
+        return body.encode()
+    if isinstance(body, bytearray | memoryview):
+        return bytes(body)
+    if isinstance(body, Mapping):
+        raise GatewayError(f"the body of a response is {_kind(body)}; Response.json sends it as JSON")
+    if isinstance(body, Iterable | AsyncIterable):
+        return body
+    raise GatewayError(
+        f"the body of a response is {_kind(body)}, bytes, str or an iterable of bytes, async or not, were expected"
+    )
+
+
+def _key(name: str) -> bytes:
+    # The backslash stands in no header's name, so what latin-1 lacks is found nowhere.
+    return name.lower().encode("latin-1", "backslashreplace")
+
+
+def _field(name: object, value: object) -> tuple[bytes, bytes]:
+    if not isinstance(name, str) or not isinstance(value, str):
+        raise GatewayError(f"a header is {_kind(name)}: {_kind(value)}: {name!r}: {value!r}; both must be str")
+    try:
+        return name.lower().encode("latin-1"), value.encode("latin-1")
+    except UnicodeEncodeError:
+        raise GatewayError(f"the header {name!r}: {value!r} has characters beyond latin-1") from None
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__
