@@ -82,3 +82,7 @@ class ClientDisconnected(PreforkError, ConnectionError):
 
 class UnknownEvent(PreforkError, ValueError):
     """A listener asked for an event that is never emitted here."""
+
+
+class MalformedBody(PreforkError, ValueError):
+    """The body of a request is not the JSON it should be. Answered with 400 unless the handler catches it."""

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from prefork.errors import GatewayError
+from prefork.errors import GatewayError, MalformedBody
 from prefork.gateway.bridge import Bridge, RunInThread, open_body, spooled_body
 from prefork.gateway.exchange import Exchange
 from prefork.gateway.file import File, OpenFile, open_file, read_file, select
-from prefork.gateway.message import TEXT, Headers, MalformedBody, Request, Response, as_response
+from prefork.gateway.message import TEXT, Headers, Request, Response, as_response
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Ma
 from typing import IO, Any
 from urllib.parse import parse_qsl, unquote
 
-from prefork.errors import GatewayError, PreforkError
+from prefork.errors import GatewayError, MalformedBody
 from prefork.gateway.exchange import Exchange
 from prefork.gateway.file import File, guess_content_type
 from prefork.protocol.events import Headers as RawHeaders
@@ -25,10 +25,6 @@ HeaderItems = Mapping[str, str] | Iterable[tuple[str, str]]
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 BINARY = "application/octet-stream"
-
-
-class MalformedBody(PreforkError, ValueError):
-    """The body of a request is not the JSON it should be. Answered with 400 unless the handler catches it."""
 
 
 class Headers(MutableMapping[str, str]):

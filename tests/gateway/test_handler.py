@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefork.errors import ClientDisconnected, GatewayError
+from prefork.errors import ClientDisconnected, GatewayError, MalformedBody
 from prefork.gateway.handler import HandlerGateway
-from prefork.gateway.message import Headers, MalformedBody, Query, Request, Response, as_response
+from prefork.gateway.message import Headers, Query, Request, Response, as_response
 
 PATIENCE = 20  # seconds before a test that hangs is called a failure
 
