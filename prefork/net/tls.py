@@ -53,7 +53,7 @@ def _check_mark(path: str, mark: str, what: str) -> str:
 
 def _read(path: str, what: str) -> str:
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
     except FileNotFoundError as exc:
         raise TLSError(f"there is no file {path} to take the {what} from") from exc
