@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 from prefork.errors import ClientDisconnected, GatewayError
 from prefork.gateway.exchange import Exchange
@@ -45,6 +45,7 @@ class AsgiGateway:
         self._app = app
         self._state = state
         self._root_path = root_path
+        self._raw_root_path = quote(root_path).encode("ascii")  # as it stands on the wire
 
     async def __call__(self, exchange: Exchange) -> None:
         """Run *exchange* to its end.
@@ -71,17 +72,16 @@ class AsgiGateway:
     def scope(self, exchange: Exchange) -> Scope:
         """The connection scope. Lists and dictionaries are this request's own: middleware may change them."""
         request = exchange.request
+        path = self._whole_path(request.path)
         scope: Scope = {
             "type": "http",
             "asgi": {"version": ASGI_VERSION, "spec_version": HTTP_SPEC_VERSION},
             "http_version": request.version,
             "method": request.method.upper(),
             "scheme": exchange.scheme,
-            "path": decode_path(request.path),
-            "raw_path": request.path,
+            "path": decode_path(path),
+            "raw_path": path,
             "query_string": request.query,
-            # "path" stays what the client asked for: the specification has PATH_INFO derived
-            # by stripping root_path *from path*, so both kinds of proxy in front work.
             "root_path": self._root_path,
             "headers": list(request.headers),
             "client": exchange.client,
@@ -91,6 +91,16 @@ class AsgiGateway:
         if self._state is not None:
             scope["state"] = self._state.copy()
         return scope
+
+    def _whole_path(self, path: bytes) -> bytes:
+        """*path* with root_path in front, as the specification has it (PATH_INFO is `path` less `root_path`).
+
+        A proxy may have taken it off, or left it there.
+        """
+        root = self._raw_root_path
+        if not root or path == root or path.startswith(root + b"/"):
+            return path
+        return root + path
 
 
 def decode_path(path: bytes) -> str:

@@ -72,7 +72,7 @@ class Bridge:
         Raises what *call* raised; ClientDisconnected in its place if the thread had
         been told that the client is gone, because the one follows from the other.
         """
-        thread = asyncio.ensure_future(run_in_thread(lambda: _without_stop_iteration(call)))
+        thread = asyncio.ensure_future(run_in_thread(lambda: _within_a_future(call)))
         thread.add_done_callback(lambda _: self._output_ready.set())
         try:
             await self._carry(thread)
@@ -261,9 +261,23 @@ async def spooled_body(exchange: Exchange) -> AsyncIterator[IO[bytes]]:
         yield body
 
 
-def _without_stop_iteration(call: Callable[[], T]) -> T:
-    """asyncio's futures refuse StopIteration, so whoever awaits one would wait for ever."""
+def outside_the_loop(call: Callable[[], T]) -> T:
+    """*call* in the loop's own thread, as if no loop were running there.
+
+    Blocking code asks: Django refuses its database where a loop runs, and `asyncio.run`
+    refuses to start another. It holds up the loop either way.
+    """
+    loop = asyncio.get_running_loop()
+    asyncio._set_running_loop(None)
     try:
         return call()
-    except StopIteration as exc:
-        raise RuntimeError("the application raised StopIteration") from exc
+    finally:
+        asyncio._set_running_loop(loop)
+
+
+def _within_a_future(call: Callable[[], T]) -> T:
+    """What a future cannot carry becomes a RuntimeError. SystemExit out of a task would end the whole loop."""
+    try:
+        return call()
+    except (StopIteration, SystemExit, KeyboardInterrupt) as exc:
+        raise RuntimeError(f"the application raised {type(exc).__name__}") from exc

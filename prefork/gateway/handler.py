@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from prefork.errors import GatewayError, MalformedBody
-from prefork.gateway.bridge import Bridge, RunInThread, open_body, spooled_body
+from prefork.gateway.bridge import Bridge, RunInThread, open_body, outside_the_loop, spooled_body
 from prefork.gateway.exchange import Exchange
 from prefork.gateway.file import File, OpenFile, open_file, read_file, select
 from prefork.gateway.message import TEXT, Headers, Request, Response, as_response
@@ -66,7 +66,7 @@ class HandlerGateway:
         if self._run_in_thread is None:
             async with spooled_body(exchange) as file:
                 request.lend_file(file)
-                return await _resolved(self._handler(request))
+                return await _resolved(outside_the_loop(lambda: self._handler(request)))
         bridge = Bridge(exchange)
         request.lend_file(open_body(bridge, exchange))
         result = await bridge.run(lambda: self._handler(request), self._run_in_thread)
@@ -103,7 +103,7 @@ class HandlerGateway:
 
     async def _off_loop(self, call: Callable[[], T]) -> T:
         if self._run_in_thread is None:
-            return call()
+            return outside_the_loop(call)
         return await self._run_in_thread(call)
 
     # ---- files ----

@@ -162,7 +162,7 @@ class Lifespan:
             message = f"the application must take part in the lifespan protocol (lifespan is 'on'), but {how}"
             raise LifespanFailed(message, _trace(raised) if raised else "")
         if raised is None or not self._startup_told or isinstance(raised, GatewayError):
-            log.info("the application does not support lifespan, going on without: %s", how)
+            log.debug("the application does not support lifespan, going on without: %s", how)
             return
         # It asked for its startup event, so it may well have meant to start: ASGI has us go on, silence would be cruel.
         log.warning(
@@ -194,4 +194,8 @@ def _name(exc: BaseException) -> str:
 
 
 def _trace(exc: BaseException) -> str:
-    return "".join(traceback.format_exception(exc))
+    """The application's part of the traceback: without our frames, which called it."""
+    trace = exc.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(exc), exc, trace))

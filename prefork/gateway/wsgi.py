@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
 from prefork.errors import GatewayError
-from prefork.gateway.bridge import Bridge, RunInThread, open_body, spooled_body
+from prefork.gateway.bridge import Bridge, RunInThread, open_body, outside_the_loop, spooled_body
 from prefork.gateway.exchange import Exchange
 from prefork.protocol.events import Headers
 
@@ -93,13 +93,17 @@ class WsgiGateway:
             # download does: an application that runs in one thread may count on no second call
             # starting while its iterable is under way.
             async with self._one_at_a_time:
-                with closing(Answer(exchange).pieces(self._app, environ)) as pieces:
-                    for data, more in pieces:
+                pieces = Answer(exchange).pieces(self._app, environ)
+                try:
+                    while piece := outside_the_loop(lambda: next(pieces, None)):
+                        data, more = piece
                         if more:
                             await exchange.write(data, more)
                             await asyncio.sleep(0)  # a fast client never makes `write` wait
                         else:
                             exchange.send(data, more)
+                finally:
+                    outside_the_loop(pieces.close)
 
 
 class Sink(Protocol):

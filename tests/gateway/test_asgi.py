@@ -55,8 +55,8 @@ def test_scope_holds_every_key_of_the_specification(exchange_for):
         "http_version": "1.0",
         "method": "GET",
         "scheme": "https",
-        "path": "/café/a/b",
-        "raw_path": b"/caf%C3%A9/a%2Fb",
+        "path": "/api/café/a/b",
+        "raw_path": b"/api/caf%C3%A9/a%2Fb",
         "query_string": b"x=%201&y",
         "root_path": "/api",
         "headers": [(b"host", b"example.org"), (b"x-a", b"1"), (b"x-a", b"2")],
@@ -65,6 +65,23 @@ def test_scope_holds_every_key_of_the_specification(exchange_for):
         "extensions": {},
         "state": {"db": 1},
     }
+
+
+@pytest.mark.parametrize(
+    ("root", "target", "path", "raw_path"),
+    [
+        ("/api", "/static/a.txt", "/api/static/a.txt", b"/api/static/a.txt"),
+        ("/api", "/api/static/a.txt", "/api/static/a.txt", b"/api/static/a.txt"),
+        ("/api", "/api", "/api", b"/api"),
+        ("/api", "/apices", "/api/apices", b"/api/apices"),
+        ("/caf\u00e9", "/x", "/caf\u00e9/x", b"/caf%C3%A9/x"),
+    ],
+)
+def test_path_begins_with_the_root_path_whatever_the_proxy_did(exchange_for, root, target, path, raw_path):
+    """Mounted sub-applications take it off again; some proxies strip it, some do not."""
+    scope = scope_of(exchange_for("GET", target), root_path=root)
+
+    assert (scope["path"], scope["raw_path"], scope["root_path"]) == (path, raw_path, root)
 
 
 def test_scope_without_lifespan_state_does_not_offer_it(exchange_for):

@@ -53,6 +53,22 @@ def go(coroutine):
     return asyncio.run(guarded())
 
 
+def test_an_application_may_run_a_loop_of_its_own(run, exchange_for, wire):
+    """Flask's async views do, and Django refuses its database where a loop runs: also with --threads 0."""
+
+    async def answer():
+        await asyncio.sleep(0)
+        return b"own loop"
+
+    def app(environ, start_response):
+        start_response("200 OK", [])
+        yield asyncio.run(answer())
+
+    run(app, exchange_for())
+
+    assert wire.body == b"own loop"
+
+
 def environ_of(run, exchange, **options):
     seen = {}
 
