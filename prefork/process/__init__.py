@@ -1,0 +1,1 @@
+"""Child processes: how they are forked, who they become, how they end."""

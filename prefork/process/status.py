@@ -1,0 +1,36 @@
+"""How a process ended, in words: what waitpid(2) returned as code, signal and core flag."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+
+
+def signal_name(number: int) -> str:
+    """ "SIGKILL" for 9; "signal 40" for one that Python has no name for (real-time signals)."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@dataclass(frozen=True, slots=True)
+class ExitStatus:
+    """Exactly one of *code* and *signal* is set."""
+
+    code: int | None
+    signal: str | None
+    core_dumped: bool = False
+
+    @classmethod
+    def from_wait(cls, status: int) -> ExitStatus:
+        """From the status word of waitpid(2)."""
+        if os.WIFSIGNALED(status):
+            return cls(None, signal_name(os.WTERMSIG(status)), os.WCOREDUMP(status))
+        return cls(os.WEXITSTATUS(status), None)
+
+    def __str__(self) -> str:
+        if self.signal is None:
+            return f"exited with code {self.code}"
+        return f"killed by {self.signal}{', core dumped' if self.core_dumped else ''}"
