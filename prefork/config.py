@@ -106,7 +106,8 @@ class Settings:
         4,
         Whole(0, 1024),
         SERVER,
-        "Threads per worker for WSGI and plain functions (4 as in waitress). 0: in the event loop, one at a time.",
+        "Threads per worker for WSGI and plain functions (4 as in waitress). 0: in the event loop, one at a time, so that "
+        "a slow client of one holds up the others.",
     )
     loop: str = _declare(
         "auto",
@@ -125,7 +126,8 @@ class Settings:
         "",
         Text("PATH", "empty or a path such as /api, without a slash at its end", "|/.*[^/]"),
         SERVER,
-        "The path under which a proxy publishes the application (ASGI root_path, WSGI SCRIPT_NAME).",
+        "The path under which a proxy publishes the application, whether it takes it off requests or not (ASGI root_path, "
+        "WSGI SCRIPT_NAME).",
     )
     lifespan: str = _declare(
         "auto",
@@ -342,8 +344,9 @@ def _read(setting: Setting, value: Any, spelling: str) -> Any:
     try:
         return setting.kind.read(value)
     except (ValueError, TypeError, AttributeError):
+        shown = value[0] if isinstance(value, tuple) and len(value) == 1 else value
         raise ConfigError(
-            f"{spelling} is {value!r}, but must be {setting.kind.allowed}{_near(value, setting.kind.words)}"
+            f"{spelling} is {shown!r}, but must be {setting.kind.allowed}{_near(shown, setting.kind.words)}"
         ) from None
 
 
@@ -390,10 +393,11 @@ def _items(text: str) -> list[str]:
 def _default_file(cwd: Path) -> Path | None:
     """prefork.toml wins over pyproject.toml, which counts only if it has [tool.prefork]."""
     own = cwd / "prefork.toml"
-    if own.is_file():
+    # os.path's isfile, which says no where pathlib's raises: in a directory that may not be searched.
+    if os.path.isfile(own):
         return own
     project = cwd / "pyproject.toml"
-    return project if project.is_file() and "prefork" in _toml(project).get("tool", {}) else None
+    return project if os.path.isfile(project) and "prefork" in _toml(project).get("tool", {}) else None
 
 
 def _file(path: Path) -> Source:
@@ -403,6 +407,9 @@ def _file(path: Path) -> Source:
         table, where = table.get("tool", {}).get("prefork", {}), "[tool.prefork] of pyproject.toml"
     if not isinstance(table, dict):
         raise ConfigError(f"{where} must be a table of settings, not {table!r}")
+    for heading in ("tool", "prefork"):
+        if isinstance(table.get(heading), dict):
+            raise ConfigError(f"{where} has a heading [{heading}...], but its settings stand at the top, without any")
     values = _known({key.replace("-", "_"): value for key, value in table.items()}, f" for {where}")
     if "config" in values:
         raise ConfigError(f"config cannot be set in {where}: that is where it would point to")
@@ -414,5 +421,7 @@ def _toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise ConfigError(f"configuration file {path} cannot be read: {(exc.strerror or str(exc)).lower()}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"configuration file {path} is not text in UTF-8, which TOML is") from exc
     except ValueError as exc:
         raise ConfigError(f"configuration file {path} is not valid TOML: {exc}") from exc

@@ -51,7 +51,11 @@ class Application(Text):
     """`module:attribute`, or from Python the application itself."""
 
     def read(self, value: Any) -> Any:
-        return value if callable(value) else super().read(value)
+        if callable(value):
+            return value
+        if not isinstance(value, str):
+            raise TypeError
+        return super().read(value)
 
 
 class Header(Text):
