@@ -1,0 +1,33 @@
+"""The states of a worker as the master sees it, and the only ways between them.
+
+    FORKED -> ONLINE -> LISTENING -> DRAINING -> EXITED
+
+A state may be skipped on the way down (a worker can die at any time), never
+revisited. The numbers are what the scoreboard stores.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class State(IntEnum):
+    FORKED = 1  # the process exists; none of our code has run in it yet
+    ONLINE = 2  # its first message has arrived; the application is being loaded
+    LISTENING = 3  # it accepts on all its addresses
+    DRAINING = 4  # it finishes what is in flight and accepts nothing
+    EXITED = 5  # reaped
+
+
+SUCCESSORS: dict[State, frozenset[State]] = {
+    State.FORKED: frozenset({State.ONLINE, State.DRAINING, State.EXITED}),
+    State.ONLINE: frozenset({State.LISTENING, State.DRAINING, State.EXITED}),
+    State.LISTENING: frozenset({State.DRAINING, State.EXITED}),
+    State.DRAINING: frozenset({State.EXITED}),
+    State.EXITED: frozenset(),
+}
+
+
+def may_become(state: State, successor: State) -> bool:
+    """Whether a worker in *state* may enter *successor*. A late message asks for an illegal one."""
+    return successor in SUCCESSORS[state]

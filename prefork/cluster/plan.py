@@ -1,0 +1,33 @@
+"""What a master is told before it starts: how to be a worker, and what was made before the first fork."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from prefork.config import Settings
+from prefork.ipc.channel import Channel
+from prefork.net.listener import Listener
+from prefork.scoreboard import Scoreboard
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where and as whom a child runs: what `target` is called with."""
+
+    id: int
+    slot: int
+    generation: int
+    channel: Channel
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a master needs: how to be a worker, and the things made before the first fork."""
+
+    target: Callable[[Seat], int]
+    settings: Settings
+    workers: int
+    listeners: Sequence[Listener]
+    board: Scoreboard
+    generation: int = 1

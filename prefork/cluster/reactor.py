@@ -1,0 +1,128 @@
+"""The master's event loop: poll(2), timers, and nothing else.
+
+It is not asyncio, and not epoll, on purpose: an epoll set is shared with every
+process forked after it was made, so a child that closes its copies would make the
+master deaf. poll(2) keeps its set in the caller's memory. With a hundred workers a
+turn costs some microseconds more, which a master can afford.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import select
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+READABLE = select.POLLIN | select.POLLPRI
+WRITABLE = select.POLLOUT
+# What the kernel reports unasked. The owner finds out by reading.
+BROKEN = select.POLLHUP | select.POLLERR
+
+
+class Source(Protocol):
+    """Something with a descriptor that the reactor watches."""
+
+    def fileno(self) -> int: ...
+
+    @property
+    def wants_read(self) -> bool:
+        """False while what arrives shall wait in the kernel."""
+
+    @property
+    def wants_write(self) -> bool:
+        """True while there is something queued to be written."""
+
+    def on_readable(self) -> None: ...
+
+    def on_writable(self) -> None: ...
+
+
+@dataclass(order=True, slots=True)
+class Timer:
+    """A call at an instant of the monotonic clock."""
+
+    when: float
+    order: int
+    call: Callable[[], None] | None = field(compare=False)
+
+    def cancel(self) -> None:
+        self.call = None
+
+
+class Reactor:
+    """Watches sources and timers; `turn` handles what is ready and returns."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.now = clock
+        self._poll = select.poll()
+        self._sources: dict[int, Source] = {}
+        self._masks: dict[int, int] = {}
+        self._timers: list[Timer] = []
+        self._order = itertools.count()
+
+    def add(self, source: Source) -> None:
+        descriptor = source.fileno()
+        self._sources[descriptor] = source
+        # Registered by the next turn. One that replaces another on the same descriptor keeps what poll knows of it.
+        self._masks.setdefault(descriptor, 0)
+
+    def remove(self, source: Source) -> None:
+        """Forget *source*; before its descriptor is closed, since the number may be used again."""
+        descriptor = source.fileno()
+        if self._sources.pop(descriptor, None) is not None and self._masks.pop(descriptor):
+            self._poll.unregister(descriptor)
+
+    def call_later(self, delay: float, call: Callable[[], None]) -> Timer:
+        """*call* once, *delay* seconds from now."""
+        timer = Timer(self.now() + delay, next(self._order), call)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def turn(self) -> None:
+        """Wait until something is ready or due, then handle all of it, timers last."""
+        self._refresh_masks()
+        for descriptor, events in self._poll.poll(self._patience()):
+            # An earlier handler of this turn may have removed it, or put another in its place:
+            # then the handlers below find nothing to read, which every source must bear.
+            source = self._sources.get(descriptor)
+            if source is not None and events & (READABLE | BROKEN):
+                source.on_readable()
+            if source is not None and events & WRITABLE and self._sources.get(descriptor) is source:
+                source.on_writable()
+        self._run_due()
+
+    def _refresh_masks(self) -> None:
+        for descriptor, source in self._sources.items():
+            mask = (READABLE if source.wants_read else 0) | (WRITABLE if source.wants_write else 0)
+            registered = self._masks[descriptor]
+            if mask == registered:
+                continue
+            if mask:
+                self._poll.register(descriptor, mask)
+            else:  # a mask of 0 would still report POLLHUP, turn after turn
+                self._poll.unregister(descriptor)
+            self._masks[descriptor] = mask
+
+    def _patience(self) -> float | None:
+        """Milliseconds until the next timer; None for ever."""
+        while self._timers and self._timers[0].call is None:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return None
+        return max(0.0, (self._timers[0].when - self.now()) * 1000)
+
+    def _run_due(self) -> None:
+        now = self.now()
+        while self._timers and self._timers[0].when <= now:
+            call = heapq.heappop(self._timers).call
+            if call is not None:
+                call()
+
+    def close(self) -> None:
+        """Forget everything; there is no descriptor of its own to give back."""
+        self._sources.clear()
+        self._masks.clear()
+        self._timers.clear()

@@ -1,0 +1,222 @@
+"""From settings to a running master: what `prefork serve` and `prefork.serve()` share.
+
+Everything that can be wrong is tried before the first fork, in the order in which a
+user can do something about it: the place, the names, the files, the addresses, the
+application. What was made on the way is taken back, whatever ends the run.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import threading
+import traceback
+from contextlib import ExitStack
+from importlib import metadata
+from typing import Any
+
+from prefork import log as logs
+from prefork.cluster.api import Cluster, the_cluster
+from prefork.cluster.plan import Plan, Seat
+from prefork.config import Settings
+from prefork.control.place import Stopped, alone, check_place, current_directory, interruptible, prepare_environment
+from prefork.errors import ConfigError, ImportFailed, ListenError, LoadError
+from prefork.log import AccessLog
+from prefork.net.address import TCPAddress, parse_address
+from prefork.net.listener import Listener
+from prefork.net.sharing import Sharing
+from prefork.net.tls import server_context
+from prefork.process.identity import owner, resolve
+from prefork.process.pidfile import PidFile
+from prefork.scoreboard import Scoreboard
+from prefork.worker import main as worker_main
+from prefork.worker.loop import loop_factory
+from prefork.worker.main import Equipment, Worker
+
+log = logging.getLogger("prefork")
+
+# The scoreboard cannot grow after the first fork. This many slots leave room for TTIN; a slot
+# that was never used costs no memory.
+LEAST_SLOTS = 64
+SPARE_FACTOR = 4
+
+# Held while a master runs in this process.
+
+
+def serve(app: Any, **settings: Any) -> None:
+    """Serve *app* until told to stop; this process becomes the master.
+
+    *app* is "module:attr" or the application itself; *settings* are those of
+    `prefork serve`, spelt with underscores. Returns after a stop by TERM or INT, with
+    signal handlers, current directory, environment and collector as they were.
+    Raises ConfigError and its kin for what is wrong before the start, StartError in a
+    running event loop or outside the main thread, and SystemExit with the exit code
+    if the application cannot boot.
+    """
+    check_place()
+    code = serve_command(Settings.load({"app": app, **settings}))
+    if code:
+        raise SystemExit(code)
+
+
+def serve_command(settings: Settings, cluster: Cluster = the_cluster) -> int:
+    """Run a master with *settings*; its exit code. Raises PreforkError for what is wrong before the first fork."""
+    check_place()
+    try:
+        with alone(), ExitStack() as leave, interruptible():
+            return _start(settings, cluster, leave)
+    except Stopped as stopped:
+        log.info("%s", stopped)
+        return 0
+
+
+def _start(settings: Settings, cluster: Cluster, leave: ExitStack) -> int:
+    """Make everything, run the master; *leave* takes back what was made."""
+    directory = current_directory()
+    identity = resolve(settings.user or None, settings.group or None)
+    file_owner = (-1 if identity.uid is None else identity.uid, -1 if identity.gid is None else identity.gid)
+    logs.configure(settings.log_level, settings.error_log, settings.log_format, owner=file_owner)
+    access_log = AccessLog.open(settings.access_log, settings.log_format, owner=file_owner)
+    if access_log is not None:
+        leave.callback(access_log.close)
+    tls = _tls_context(settings)
+    loop_factory(settings.loop)  # refuses what is not installed
+    listeners = _open_listeners(settings, leave)
+    if settings.pidfile:
+        pidfile = PidFile(settings.pidfile)
+        pidfile.write()
+        leave.callback(pidfile.remove)
+    prepare_environment(settings, directory, leave)
+    _announce(settings, listeners)
+    try:
+        application = worker_main.load(settings) if settings.preload else None
+    except LoadError as error:
+        log.error("%s", _with_traceback(str(error), error))
+        return worker_main.LOAD_FAILED
+    _call_hooks(settings.hooks, cluster)
+    board = Scoreboard(max(LEAST_SLOTS, SPARE_FACTOR * settings.worker_count))
+    equipment = Equipment(settings, listeners, identity, tls, application, access_log)
+    _settle_memory(leave)
+    return cluster.run(_plan(settings, cluster, equipment, board))
+
+
+def _plan(settings: Settings, cluster: Cluster, equipment: Equipment, board: Scoreboard) -> Plan:
+    def be_worker(seat: Seat) -> int:
+        worker = Worker(seat.id, seat.slot, seat.generation)
+        cluster.become_worker(worker)
+        return worker_main.run(worker, seat.channel, board[seat.slot], equipment)
+
+    return Plan(be_worker, settings, settings.worker_count, equipment.listeners, board)
+
+
+# ---- before the start ----
+
+
+def _tls_context(settings: Settings) -> Any:
+    if not settings.certfile:
+        return None
+    return server_context(settings.certfile, settings.keyfile or None, settings.keyfile_password or None)
+
+
+def _open_listeners(settings: Settings, leave: ExitStack) -> list[Listener]:
+    addresses = [parse_address(text) for text in settings.bind]
+    listeners: list[Listener] = []
+    for address in addresses:
+        try:
+            listener = Listener.open(
+                address,
+                sharing=Sharing(settings.sharing),
+                slots=settings.worker_count,
+                backlog=settings.backlog,
+                unix_mode=settings.unix_mode,
+                unix_owner=owner(settings.unix_owner) if settings.unix_owner else None,
+            )
+        except ListenError as error:
+            if error.errno == errno.EADDRINUSE and isinstance(address, TCPAddress):
+                raise _in_use(address, listeners, error) from error
+            raise
+        leave.callback(listener.close)
+        listeners.append(listener)
+    return listeners
+
+
+def _in_use(address: TCPAddress, ours: list[Listener], error: ListenError) -> Exception:
+    """Who has the port, or how to find out."""
+    for listener in ours:
+        if isinstance(listener.address, TCPAddress) and _overlap(address, listener.address):
+            return ConfigError(f"bind names {address} and {listener.address}, which overlap: one of them is enough")
+    hint = f"(to see which: ss -ltnp 'sport = :{address.port}'); choose another with --bind"
+    refusal = ListenError(f"{error} {hint}")
+    refusal.errno = error.errno
+    return refusal
+
+
+def _overlap(wanted: TCPAddress, bound: TCPAddress) -> bool:
+    """Whether *bound* is what keeps *wanted* from being bound too. IPv4 and IPv6 do not stand in each other's way."""
+    if wanted.port != bound.port or (":" in wanted.host) != (":" in bound.host):
+        return False
+    return wanted.host in (bound.host, "localhost") or bool({"0.0.0.0", "::"} & {wanted.host, bound.host})
+
+
+def _announce(settings: Settings, listeners: list[Listener]) -> None:
+    scheme = "https" if settings.certfile else "http"
+    count = settings.worker_count
+    log.info(
+        "prefork %s (pid %d) starts %d worker%s, sharing %s",
+        version(),
+        os.getpid(),
+        count,
+        "" if count == 1 else "s",
+        settings.sharing,
+    )
+    for listener in listeners:
+        log.info("listening on %s", listener.address.url(scheme))
+
+
+def version() -> str:
+    """The installed distribution's; a source tree that was only put on the path has none."""
+    try:
+        return metadata.version("prefork")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _call_hooks(target: str, cluster: Cluster) -> None:
+    """Let the function that *target* names register its listeners."""
+    if not target:
+        return
+    try:
+        name, function = worker_main.load_function(target)
+    except LoadError as error:
+        raise ConfigError(_with_traceback(f"hooks: {error}", error)) from error
+    if not callable(function):
+        raise ConfigError(f"hooks {name!r} is of type {type(function).__name__}, but must be a function of the cluster")
+    try:
+        function(cluster)
+    except Exception as error:
+        # Without the frame of this function, and without any if it could not even be called.
+        own = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+        sentence = f"hooks {name!r} failed: {''.join(traceback.format_exception_only(own)).strip()}"
+        lines = traceback.format_exception(own) if own.__traceback__ else []
+        raise ConfigError("\n".join([sentence, *"".join(lines).splitlines()])) from error
+
+
+def _with_traceback(sentence: str, error: LoadError) -> str:
+    """*sentence*, and below it the application's own traceback if it was the application that failed."""
+    return f"{sentence}\n{error.traceback.rstrip()}" if isinstance(error, ImportFailed) else sentence
+
+
+def _settle_memory(leave: ExitStack) -> None:
+    """Before the first fork: what exists now is shared with the workers, and the collector leaves it alone."""
+    if threading.active_count() > 1:
+        others = ", ".join(repr(t.name) for t in threading.enumerate() if t is not threading.main_thread())
+        log.warning("forking while other threads run (%s): a lock that one of them holds is never released in workers", others)
+    gc.collect()
+    if not gc.get_freeze_count():  # otherwise the caller froze something, which must stay so
+        leave.callback(gc.unfreeze)
+    gc.freeze()
+
+
+__all__ = ["serve", "serve_command", "version"]

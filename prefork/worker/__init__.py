@@ -1,0 +1,1 @@
+"""One worker process, from its fork to its exit."""

@@ -1,0 +1,393 @@
+"""A worker's life: boot, serve, drain, leave.
+
+`run` is called in a freshly forked child and returns its exit code. The order of
+the boot is the contract with the master: "online" before any code of the
+application runs, "listening" once every address accepts, "failed" with the reason
+instead of it.
+
+A worker does not outlive its master. The end of the channel tells the event loop,
+which drains; a thread waits for the same end, for the case that the loop is blocked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import select
+import signal
+import ssl
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from prefork import log as logs
+from prefork.config import Settings
+from prefork.errors import ChannelClosed, ImportFailed, LifespanFailed, LoadError
+from prefork.gateway.lifespan import Lifespan
+from prefork.gateway.load import Application, Interface, load_application, resolve
+from prefork.gateway.make import make_gateway
+from prefork.ipc.aio import AsyncChannel
+from prefork.ipc.channel import Channel, Message
+from prefork.ipc.frames import Kind
+from prefork.log import AccessLog
+from prefork.net.listener import Listener
+from prefork.net.sharing import Sharing
+from prefork.process.identity import Identity
+from prefork.protocol.limits import Limits
+from prefork.scoreboard import Slot
+from prefork.worker.loop import loop_factory, loop_name
+from prefork.worker.server import Server
+from prefork.worker.service import Service, Timeouts
+
+T = TypeVar("T")
+
+log = logging.getLogger("prefork")
+
+# Exit codes beside 0 (drained) and 1 (our own bug). 3 is uvicorn's and gunicorn's for a worker that
+# cannot boot, 4 gunicorn's for an application that cannot be loaded.
+BOOT_FAILED = 3
+LOAD_FAILED = 4
+
+# When the master is gone nobody waits for us and nobody will kill us: drain this long at the most.
+ORPHAN_TIMEOUT = 3.0
+# ... and if the loop does not even notice, leave this many seconds after the master.
+ORPHAN_LIMIT = 4.0
+
+# The application's shutdown code may take this long after the drain, in seconds. The master kills
+# a little later (see cluster.master.KILL_GRACE).
+SHUTDOWN_TIMEOUT = 4.0
+
+# Threads whose requests were cut off get this long to notice and clean up, in seconds.
+THREADS_GRACE = 0.5
+
+# Last words are small and the channel is empty at boot: they leave at once or never.
+LAST_WORDS_TIMEOUT = 1.0
+
+
+class Worker:
+    """The worker that this process is: `prefork.cluster.worker`, and `request.worker` in handlers."""
+
+    def __init__(self, id: int, slot: int, generation: int) -> None:
+        self.id = id
+        self.slot = slot
+        self.generation = generation
+        self.pid = os.getpid()
+        self._leave: Callable[[], object] | None = None
+
+    def describe(self) -> str:
+        return f"worker {self.id} (pid {self.pid}, generation {self.generation})"
+
+    __repr__ = __str__ = describe
+
+    def disconnect(self) -> None:
+        """Leave: accept nothing more, finish what is in flight, exit with 0. The master starts another.
+
+        May be called from any thread, and again, without effect.
+        """
+        if self._leave is not None:
+            self._leave()
+
+    def on_disconnect(self, leave: Callable[[], object]) -> None:
+        """Set by `run`: what `disconnect` does."""
+        self._leave = leave
+
+
+@dataclass(frozen=True, slots=True)
+class Equipment:
+    """What the master made before the fork and every worker inherits."""
+
+    settings: Settings
+    listeners: Sequence[Listener]
+    identity: Identity
+    tls: ssl.SSLContext | None
+    application: Application | None  # None: to be loaded by the worker itself
+    access_log: AccessLog | None
+
+
+class BootFailed(Exception):
+    """The worker cannot boot; carries what the master shall hear."""
+
+    def __init__(self, sentence: str, application_traceback: str, code: int) -> None:
+        super().__init__(sentence)
+        self.traceback = application_traceback
+        self.code = code
+
+
+def load(settings: Settings) -> Application:
+    """The application that *settings* name, with the interface they ask for. Raises LoadError."""
+    return load_application(settings.app, settings.interface)
+
+
+def load_function(target: str) -> tuple[str, Any]:
+    """The function that "module:function" names, and its name for people. Raises LoadError."""
+    return resolve(target)
+
+
+def run(worker: Worker, channel: Channel, slot: Slot, equipment: Equipment) -> int:
+    """Be *worker* until told to leave; the exit code."""
+    # Ctrl-C reaches the whole foreground group; what it means is for the master to say. Not SIG_IGN,
+    # which programs that the application starts would inherit.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    _leave_with_master(channel)
+    faulthandler.enable()  # the stacks of all threads on SIGSEGV, SIGABRT and their like
+    try:
+        channel.send({"type": "online"})
+        return _boot_and_serve(worker, channel, slot, equipment)
+    except ChannelClosed:
+        return 0  # the master is gone, and with it everybody who could ask for something
+    except BootFailed as failed:
+        _say_last_words(channel, failed)
+        return failed.code
+
+
+def _boot_and_serve(worker: Worker, channel: Channel, slot: Slot, equipment: Equipment) -> int:
+    settings = equipment.settings
+    try:
+        equipment.identity.assume()
+    except OSError as error:
+        who = f"user {settings.user or '(unchanged)'}, group {settings.group or '(unchanged)'}"
+        raise BootFailed(f"cannot become {who}: {error.strerror}", "", BOOT_FAILED) from error
+    application = equipment.application or _load_or_fail(settings)
+    loop = loop_factory(settings.loop)()
+    asyncio.set_event_loop(loop)
+    try:
+        serving = Serving(worker, channel, slot, equipment, application, loop)
+        return loop.run_until_complete(serving.run())
+    finally:
+        with suppress(RuntimeError):  # a thread of the application may still hold an async generator
+            loop.run_until_complete(loop.shutdown_asyncgens())
+
+
+def _load_or_fail(settings: Settings) -> Application:
+    try:
+        return load(settings)
+    except ImportFailed as error:
+        raise BootFailed(str(error), error.traceback, LOAD_FAILED) from error
+    except LoadError as error:
+        raise BootFailed(str(error), "", LOAD_FAILED) from error
+    except BaseException as error:
+        sentence = f"application {settings.app!r} raised {type(error).__name__} while it was imported"
+        raise BootFailed(sentence, traceback.format_exc(), LOAD_FAILED) from error
+
+
+class Serving:
+    """The part of a worker's life that an event loop carries."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        channel: Channel,
+        slot: Slot,
+        equipment: Equipment,
+        application: Application,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        settings = equipment.settings
+        self._worker = worker
+        self._slot = slot
+        self._equipment = equipment
+        self._application = application
+        self._loop = loop
+        self._leaving = asyncio.Event()
+        self._drain_timeout = settings.graceful_timeout
+        self._channel = AsyncChannel(channel, loop, self._on_message, self._on_orphaned)
+        self._state: dict[str, Any] = {}
+        self._executor = ThreadPoolExecutor(settings.threads, "prefork") if settings.threads else None
+        self._jobs: set[Future[Any]] = set()  # at work in its threads
+        self._server: Server | None = None
+
+    async def run(self) -> int:
+        """Start the application, serve, drain. Raises BootFailed."""
+        self._catch_signals()
+        self._worker.on_disconnect(self._leave_from_anywhere)
+        lifespan = await self._start_application()
+        await self._listen()
+        await self._leaving.wait()
+        await self._drain()
+        return await self._stop_application(lifespan)
+
+    # ---- boot ----
+
+    def _catch_signals(self) -> None:
+        add = self._loop.add_signal_handler
+        add(signal.SIGTERM, self._leave)
+        add(signal.SIGINT, lambda: None)
+        add(signal.SIGQUIT, os._exit, 0)
+        add(signal.SIGUSR1, self._reopen_logs)
+
+    async def _start_application(self) -> Lifespan | None:
+        if self._application.interface is not Interface.ASGI:
+            return None
+        lifespan = Lifespan(self._application.target, self._state, self._equipment.settings.lifespan)
+        startup = self._loop.create_task(lifespan.startup())
+        leaving = self._loop.create_task(self._leaving.wait())
+        await asyncio.wait({startup, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not startup.done():  # told to leave before the application was up
+            startup.cancel()
+        try:
+            await startup
+        except asyncio.CancelledError:
+            return None
+        except LifespanFailed as error:
+            raise BootFailed(str(error), error.traceback, BOOT_FAILED) from error
+        return lifespan
+
+    async def _listen(self) -> None:
+        self._server = Server(self._make_service(), self._equipment.tls)
+        sockets = [
+            listener.socket_for(self._worker.slot)
+            for listener in self._equipment.listeners
+            if listener.sharing is not Sharing.HANDOFF
+        ]
+        try:
+            self._server.open(sockets)
+        except OSError as error:
+            raise BootFailed(f"cannot accept connections: {error}", "", BOOT_FAILED) from error
+        if not self._leaving.is_set():
+            self._channel.send({"type": "listening", "application": self._describe_application()})
+
+    def _make_service(self) -> Service:
+        settings = self._equipment.settings
+        gateway = make_gateway(
+            self._application,
+            run_in_thread=None if self._executor is None else self._run_in_thread,
+            worker=self._worker,
+            state=self._state,
+            root_path=settings.root_path,
+        )
+        return Service(
+            loop=self._loop,
+            gateway=gateway,
+            limits=Limits(
+                head_size=settings.limit_head,
+                field_count=settings.limit_fields,
+                target_size=settings.limit_target,
+                body_size=settings.limit_body,
+            ),
+            timeouts=Timeouts(
+                head=settings.head_timeout or float("inf"),
+                body=settings.body_timeout or float("inf"),
+                keep_alive=settings.keep_alive_timeout or float("inf"),
+                write=settings.write_timeout or float("inf"),
+            ),
+            slot=self._slot,
+            access_log=self._equipment.access_log,
+            server_header=settings.server_header.encode("ascii"),
+            worker_id=self._worker.id,
+        )
+
+    def _describe_application(self) -> str:
+        application = self._application
+        took = f"serving {application.name} as {INTERFACE_NAMES[application.interface]}"
+        why = f" (guessed: {application.reason}; --interface overrides)" if application.guessed else ""
+        return f"{took} on {loop_name(self._equipment.settings.loop)}{why}"
+
+    # ---- serving ----
+
+    def _on_message(self, message: Message) -> None:
+        if message.kind is Kind.HANDOFF:
+            self._take_over(message)
+        elif message.kind is Kind.CONTROL:
+            match message.body["type"]:
+                case "drain":
+                    self._leave()
+                case "reopen_logs":
+                    self._reopen_logs()
+
+    def _take_over(self, message: Message) -> None:
+        """A connection that the master accepted. What is refused is closed by the message's owner."""
+        number, _listener = message.body
+        accepted = self._server is not None and not self._leaving.is_set()
+        if accepted:
+            assert self._server is not None
+            self._server.adopt(message.fds.take_socket())
+        with suppress(ChannelClosed):  # the master is gone; that is told by the channel's end
+            self._channel.send([number, accepted], kind=Kind.ACK)
+
+    def _reopen_logs(self) -> None:
+        logs.reopen()
+        log.debug("%s reopened its logs", self._worker.describe())
+
+    async def _run_in_thread(self, function: Callable[[], T]) -> T:
+        assert self._executor is not None
+        job = self._executor.submit(function)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        return await asyncio.wrap_future(job)
+
+    # ---- leaving ----
+
+    def _leave_from_anywhere(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._leave()
+        else:
+            self._loop.call_soon_threadsafe(self._leave)
+
+    def _leave(self) -> None:
+        """Accept nothing from here on; the rest of leaving is done by `run`."""
+        if not self._leaving.is_set():
+            self._leaving.set()
+            if self._server is not None:
+                self._server.stop_accepting()
+            with suppress(ChannelClosed):
+                self._channel.send({"type": "draining"})
+
+    def _on_orphaned(self) -> None:
+        log.error("%s leaves: its master is gone", self._worker.describe())
+        self._drain_timeout = min(self._drain_timeout, ORPHAN_TIMEOUT)
+        self._leaving.set()
+
+    async def _drain(self) -> None:
+        assert self._server is not None
+        await self._server.drain(self._drain_timeout)
+        if self._jobs:
+            # Of requests that were cut off: what they send next fails, and then they clean up.
+            await asyncio.wait([asyncio.wrap_future(job) for job in self._jobs], timeout=THREADS_GRACE)
+
+    async def _stop_application(self, lifespan: Lifespan | None) -> int:
+        if lifespan is None:
+            return 0
+        try:
+            async with asyncio.timeout(SHUTDOWN_TIMEOUT):
+                await lifespan.shutdown()
+        except TimeoutError:
+            log.error("%s: the application's shutdown took over %g s", self._worker.describe(), SHUTDOWN_TIMEOUT)
+        except LifespanFailed as error:
+            log.error("%s: %s%s", self._worker.describe(), error, error.traceback and f"\n{error.traceback}")
+        return 0
+
+
+INTERFACE_NAMES = {
+    Interface.NATIVE: "a native handler",
+    Interface.ASGI: "an ASGI application",
+    Interface.WSGI: "a WSGI application",
+}
+
+
+def _leave_with_master(channel: Channel) -> None:
+    """End this process soon after the master's end of *channel* is closed, even if the loop is blocked."""
+    descriptor = channel.fileno()
+
+    def watch() -> None:
+        poll = select.poll()
+        # Not POLLIN: reading is the loop's business. The kernel adds POLLHUP unasked.
+        poll.register(descriptor, select.POLLRDHUP)
+        poll.poll()
+        time.sleep(ORPHAN_LIMIT)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="prefork-lifeline", daemon=True).start()
+
+
+def _say_last_words(channel: Channel, failed: BootFailed) -> None:
+    with suppress(ChannelClosed, OSError):
+        channel.send({"type": "failed", "sentence": str(failed), "traceback": failed.traceback, "code": failed.code})
+        channel.flush_blocking(LAST_WORDS_TIMEOUT)

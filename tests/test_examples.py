@@ -1,0 +1,80 @@
+"""Every example runs, and does what its docstring says."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+
+from tests.harness.client import Client, get
+from tests.harness.server import ROOT, Server
+
+SERVED = {"hello": "handler", "asgi": "app", "wsgi": "app"}
+PROGRAMS = {"embedded", "cluster"}
+
+
+def program(name):
+    return Server(None, command=[sys.executable, "-m", f"examples.{name}"], environ={"BIND": "127.0.0.1:0"})
+
+
+def test_every_example_is_started_by_a_test():
+    """An example that nothing runs is wrong sooner or later."""
+    names = {path.stem for path in (ROOT / "examples").glob("*.py")}
+
+    assert names == SERVED.keys() | PROGRAMS | {"hooks"}
+
+
+def test_hello():
+    """The native handler and its shorthand answers."""
+    with Server("examples.hello:handler", workers=2) as server, Client(server.port) as client:
+        assert re.fullmatch(r"Hello from worker [12]\n", client.get("/").text)
+        assert client.get("/json?a=1").text == '{"hello":"world","query":{"a":"1"}}'
+        assert client.request("POST", "/echo", body=b"abc").body == b"abc"
+        assert client.get("/nowhere").status == 404
+
+
+def test_asgi():
+    """The lifespan's state reaches the requests."""
+    with Server("examples.asgi:app", workers=1) as server:
+        assert re.fullmatch(r"this worker has served for \d+\.\d s\n", get(server.port).text)
+
+
+def test_wsgi():
+    """An upload is read as it arrives."""
+    with Server("examples.wsgi:app", workers=1) as server, Client(server.port) as client:
+        assert client.request("POST", "/up", body=bytes(100_000)).text == "POST /up with 100000 bytes\n"
+
+
+def test_embedded():
+    """The program gets the control back when the server was stopped."""
+    with program("embedded") as server:
+        server.wait_for(r"worker 2 answers on http://127\.0\.0\.1:\d+")
+        assert get(server.port).text.startswith("served by a program")
+        server.signal(signal.SIGINT)
+        assert server.wait_exit() == 0
+
+    assert "stopped, and back in the program" in server.log
+
+
+def test_hooks():
+    """They see the workers come and go."""
+    with Server("examples.hello:handler", workers=1, hooks="examples.hooks:register") as server:
+        server.wait_for(r"worker 1 \(.*\) was forked into slot 0")
+        server.wait_ready(1)
+        server.signal(signal.SIGTERM)
+        server.wait_exit()
+
+    assert "ended with code 0; so far: {'retired': 1}" in server.log
+
+
+def test_cluster_the_worker_leaves_after_three_requests_and_is_replaced():
+    """All seven answers arrive, and the counts start again at 1."""
+    with program("cluster") as server:
+        server.wait_for(r"master: listening event \(worker: 2, pid \d+, 127\.0\.0\.1:\d+\)")
+        answers = [get(server.port).text for _ in range(7)]
+        server.wait_for(r"master: exit event \(worker: \d, retired, code 0\)")
+        server.wait_for(r"master: listening event \(worker: 3,")
+
+    counts = [int(re.search(r"count: (\d)\n", answer)[1]) for answer in answers]
+    assert max(counts) == 3
+    assert all(re.match(r"hello world from worker number: \d pid \d+ and", answer) for answer in answers)
