@@ -37,9 +37,10 @@ log = logging.getLogger("prefork")
 # After SIGABRT, which makes a hung worker write its stacks: the time to write them, in seconds.
 ABORT_GRACE = 1.0
 
-# A worker ends its own drain at the graceful timeout and then runs the application's shutdown.
-# Only one that cannot even do that is killed, this many seconds later.
-KILL_GRACE = 5.0
+# A worker ends its own drain at the graceful timeout, cuts off the rest (1.5 s at the most) and then
+# runs the application's shutdown (4 s). Only one that cannot even do that is killed, this many
+# seconds after the graceful timeout.
+KILL_GRACE = 7.0
 
 # The exit code of a server that never came up, unless the worker knew a better one.
 BOOT_FAILED = 3
