@@ -39,7 +39,8 @@ def test_unknown_names_are_refused_with_a_sentence(user, group, name):
 
 
 @pytest.mark.parametrize(
-    ("text", "pair"), [("root:root", (0, 0)), ("root", (0, 0)), (":root", (-1, 0)), ("54321:8", (54321, 8)), ("54321", (54321, -1))]
+    ("text", "pair"),
+    [("root:root", (0, 0)), ("root", (0, 0)), (":root", (-1, 0)), ("54321:8", (54321, 8)), ("54321", (54321, -1))],
 )
 def test_owners_are_read_as_chown_takes_them(text, pair):
     """-1 leaves as it is."""
