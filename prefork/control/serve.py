@@ -212,7 +212,9 @@ def _settle_memory(leave: ExitStack) -> None:
     """Before the first fork: what exists now is shared with the workers, and the collector leaves it alone."""
     if threading.active_count() > 1:
         others = ", ".join(repr(t.name) for t in threading.enumerate() if t is not threading.main_thread())
-        log.warning("forking while other threads run (%s): a lock that one of them holds is never released in workers", others)
+        log.warning(
+            "forking while other threads run (%s): a lock that one of them holds is never released in workers", others
+        )
     gc.collect()
     if not gc.get_freeze_count():  # otherwise the caller froze something, which must stay so
         leave.callback(gc.unfreeze)
