@@ -28,7 +28,7 @@ HELLO = "async def app(request):\n    return 'hello'\n\n\nnumber = 3\n"
 FREE = "127.0.0.1:0"
 PACKAGE = Path(prefork.__file__).parent
 
-STARTING = re.compile(r"^\S+ info  (prefork \S+ \(pid \d+\) starts|listening on) .*$")
+STARTING = re.compile(r"^\S+ info  (prefork .+ \(pid \d+\) starts|listening on) .*$")
 
 # The unprivileged user, called nobody nearly everywhere. Privileges are dropped in the process itself,
 # after its imports, since that user may not be allowed to read the interpreter (pyenv in /root).
