@@ -24,7 +24,16 @@ file, default.
 
 The configuration file is `prefork.toml` in the current directory, otherwise the table `[tool.prefork]` of `pyproject.toml`;
 `--config` names another. In a variable, commas separate the values of a setting that may be repeated, and an empty variable counts
-as unset. A switch is `--preload` or `--no-preload`, and `yes` or `no` elsewhere.
+as unset. A switch is `--preload` or `--no-preload`, and `yes` or `no` elsewhere. `-b` is short for `--bind`, `-w` for `--workers`.
+
+```toml
+# prefork.toml: settings stand at the top, without a table (in pyproject.toml they stand in [tool.prefork])
+app = "mysite.wsgi"
+bind = ["127.0.0.1:8000", "unix:/run/app.sock"]
+workers = 4
+preload = true
+limit-body = "10m"
+```
 """
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefork.cpus import available_cpus
-from prefork.errors import ConfigError
+from prefork.errors import ConfigError, did_you_mean, reason_of
 from prefork.kinds import Application, Choice, Header, Kind, Mode, Seconds, Several, Size, Switch, Text, Whole
 
 # Every worker has a slot of shared memory and two descriptors in the master. A number
@@ -81,7 +81,8 @@ class Settings:
         ("127.0.0.1:8000",),
         Several(Text("ADDRESS", "an address, such as 127.0.0.1:8000, [::1]:8000, unix:/path or fd://3", r"\S(.*\S)?")),
         SERVER,
-        "Where to listen: HOST:PORT, [HOST]:PORT, unix:/path or fd://N; port 0 takes a free one. May be repeated.",
+        "Where to listen: HOST:PORT, [HOST]:PORT, :PORT (all IPv4 interfaces), PORT (127.0.0.1), unix:/path, unix:@abstract "
+        "or fd://N; port 0 takes a free one. May be repeated.",
     )
     workers: int | Literal["auto"] = _declare(
         "auto",
@@ -147,7 +148,7 @@ class Settings:
         (),
         Several(_PATH),
         APPLICATION,
-        "A directory to import from, before all others but the current one. May be repeated.",
+        "A directory to import from, after the current one and before all others. May be repeated.",
     )
     env: tuple[str, ...] = _declare(
         (),
@@ -162,7 +163,12 @@ class Settings:
         "A function that is called with the cluster, in the master, before the first fork.",
     )
 
-    user: str = _declare("", Text("USER", "a user's name or number", r"\S+"), PROCESS, "Run the workers as this user.")
+    user: str = _declare(
+        "",
+        Text("USER", "a user's name or number", r"\S+"),
+        PROCESS,
+        "Run the workers as this user. It must be able to write where the logs are, for USR1.",
+    )
     group: str = _declare(
         "", Text("GROUP", "a group's name or number", r"\S+"), PROCESS, "Run the workers with this group."
     )
@@ -199,7 +205,8 @@ class Settings:
         10.0,
         Seconds(),
         TIMEOUTS,
-        "Time for a request's head, from its first byte to its last; then 408 (Apache: 20, nginx: 60). 0: no limit.",
+        "Time for a request's head, from its first byte to its last; then 408 (Apache: 20, nginx: 60). A new connection "
+        "that sends nothing is closed after it, too. 0: no limit.",
     )
     body_timeout: float = _declare(
         30.0,
@@ -237,7 +244,7 @@ class Settings:
         0, Size(0), LIMITS, "Largest request body, in bytes; then 413 (nginx: 1m). 0: the application decides."
     )
 
-    certfile: str = _declare("", _PATH, TLS, "Serve HTTPS with this certificate chain (PEM).")
+    certfile: str = _declare("", _PATH, TLS, "Serve HTTPS with this certificate chain (PEM), on every address.")
     keyfile: str = _declare("", _PATH, TLS, "The certificate's private key (PEM), if it is not in the same file.")
     keyfile_password: str = _declare(
         "",
@@ -259,7 +266,9 @@ class Settings:
         LOGGING,
         "File of the access log; - is stdout. Off unless asked for, as in gunicorn.",
     )
-    log_format: str = _declare("text", Choice("text", "json"), LOGGING, "Lines of text, or one JSON object a line.")
+    log_format: str = _declare(
+        "text", Choice("text", "json"), LOGGING, "Lines of text, or one JSON object a line, in both logs."
+    )
     server_header: str = _declare(
         "prefork",
         Header("TEXT|off", "printable ASCII, or off", r"|[!-~]([ -~]*[!-~])?"),
@@ -346,20 +355,14 @@ def _read(setting: Setting, value: Any, spelling: str) -> Any:
     except (ValueError, TypeError, AttributeError):
         shown = value[0] if isinstance(value, tuple) and len(value) == 1 else value
         raise ConfigError(
-            f"{spelling} is {shown!r}, but must be {setting.kind.allowed}{_near(shown, setting.kind.words)}"
+            f"{spelling} is {shown!r}, but must be {setting.kind.allowed}{did_you_mean(str(shown).lower(), setting.kind.words)}"
         ) from None
-
-
-def _near(word: Any, known: Iterable[str]) -> str:
-    """ ", did you mean 'x'?" if one of *known* is close to *word*, otherwise nothing."""
-    near = difflib.get_close_matches(str(word).lower(), list(known), 1)
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def _known(values: dict[str, Any], where: str = "") -> dict[str, Any]:
     for name in values:
         if name not in SETTINGS:
-            raise ConfigError(f"there is no setting {name!r}{where}{_near(name, SETTINGS)}")
+            raise ConfigError(f"there is no setting {name!r}{where}{did_you_mean(str(name).lower(), SETTINGS)}")
     return values
 
 
@@ -420,7 +423,7 @@ def _toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise ConfigError(f"configuration file {path} cannot be read: {(exc.strerror or str(exc)).lower()}") from exc
+        raise ConfigError(f"configuration file {path} cannot be read: {reason_of(exc)}") from exc
     except UnicodeDecodeError as exc:
         raise ConfigError(f"configuration file {path} is not text in UTF-8, which TOML is") from exc
     except ValueError as exc:

@@ -55,7 +55,9 @@ def _quota_v1(folder: Path) -> float | None:
 
 def _ratio(quota: str, period: str) -> float | None:
     """None where there is no quota: "max" in version 2, -1 in version 1, no file at all."""
-    return int(quota) / int(period) if quota.strip().isdecimal() and period.strip().isdecimal() else None
+    if not (quota.strip().isdecimal() and period.strip().isdecimal() and int(period)):
+        return None
+    return int(quota) / int(period)
 
 
 def _text(path: Path) -> str:

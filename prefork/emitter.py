@@ -9,12 +9,11 @@ same. Whoever emits need not fear what is listening.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import TypeVar, overload
 
-from prefork.errors import UnknownEvent
+from prefork.errors import UnknownEvent, did_you_mean
 from prefork.log import logger
 
 Listener = Callable[..., object]
@@ -92,8 +91,7 @@ class Emitter:
         try:
             return self._entries[event]
         except KeyError:
-            near = difflib.get_close_matches(str(event), self._entries, 1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(str(event), self._entries)
             known = ", ".join(self._entries)
             raise UnknownEvent(f"there is no event {event!r}{hint} (the events are {known})") from None
 

@@ -1,4 +1,4 @@
-"""Every exception of prefork, rooted at `PreforkError`.
+"""Every exception of prefork, rooted at `PreforkError`, and the words that their sentences share.
 
 A message says what happened, to what, with the value, and what was allowed.
 Errors are raised once, near the cause, and become a log line, a status or an
@@ -6,6 +6,9 @@ exit code at one boundary.
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class PreforkError(Exception):
@@ -86,3 +89,14 @@ class UnknownEvent(PreforkError, ValueError):
 
 class MalformedBody(PreforkError, ValueError):
     """The body of a request is not the JSON it should be. Answered with 400 unless the handler catches it."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean 'x'?" if one of *known* is close to *word*, otherwise nothing."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def reason_of(error: OSError) -> str:
+    """The kernel's words for *error*, without its number: "permission denied"."""
+    return (error.strerror or str(error)).lower()

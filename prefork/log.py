@@ -14,7 +14,6 @@ a full disk or a gone reader does not take is lost.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ import select
 import time
 from contextlib import suppress
 
-from prefork.errors import ConfigError
+from prefork.errors import ConfigError, did_you_mean, reason_of
 
 logger = logging.getLogger("prefork")
 
@@ -84,7 +83,7 @@ def open_output(setting: str, path: str, stream: int, owner: tuple[int, int] | N
     try:
         return Output(path, stream, owner)
     except OSError as exc:
-        raise ConfigError(f"{setting} {path!r} cannot be opened: {_reason(exc)}") from exc
+        raise ConfigError(f"{setting} {path!r} cannot be opened: {reason_of(exc)}") from exc
 
 
 # ---- the error log ----
@@ -99,8 +98,7 @@ def configure(
     reopen it later. Raises ConfigError if the file cannot be opened.
     """
     if log_level not in LEVELS:
-        near = difflib.get_close_matches(log_level, LEVELS, 1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(log_level, LEVELS)
         raise ConfigError(f"log_level is {log_level!r}, which must be one of {', '.join(LEVELS)}{hint}")
     handler = ErrorLog(open_output("error_log", error_log, 2, owner))
     handler.setFormatter(JSONLines() if log_format == "json" else TextLines())
@@ -119,7 +117,7 @@ def reopen() -> None:
         try:
             output.reopen()
         except OSError as exc:
-            logger.error("log %s cannot be reopened, the old file is kept: %s", output.path, _reason(exc))
+            logger.error("log %s cannot be reopened, the old file is kept: %s", output.path, reason_of(exc))
 
 
 class ErrorLog(logging.Handler):
@@ -282,7 +280,3 @@ def _is_writable_within(fd: int, milliseconds: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(milliseconds))
-
-
-def _reason(exc: OSError) -> str:
-    return (exc.strerror or str(exc)).lower()

@@ -5,8 +5,7 @@ or notifies: whoever is curious reads, and a reader may see one field new and th
 next one old.
 
 Every field has one writer at a time. The master owns a slot while it has no
-process and hands it over by forking; `deadline` goes with it, from the boot
-deadline that the master sets to the heartbeat of the worker's own loop.
+process and hands it over by forking.
 """
 
 from __future__ import annotations
@@ -63,13 +62,12 @@ class Slot:
 
     pid = Count(0)  # master; 0: nobody lives here
     generation = Count(1)  # master
-    state = Count(2)  # master; a number of the cluster's lifecycle table
-    started_at = Instant(3)  # master
-    deadline = Instant(4)  # master until the worker listens, then the worker's event loop
-    opened = Count(5)  # worker: connections since it started
-    closed = Count(6)  # worker: those of them that have ended
-    requests = Count(7)  # worker: answered since it started
-    in_flight = Count(8)  # worker: requests without a complete response
+    started_at = Instant(2)  # master
+    deadline = Instant(3)  # master: by when it has to listen
+    opened = Count(4)  # worker: connections since it started
+    closed = Count(5)  # worker: those of them that have ended
+    requests = Count(6)  # worker: answered since it started
+    in_flight = Count(7)  # worker: requests without a complete response
 
     def __init__(self, index: int, memory: memoryview) -> None:
         self.index = index

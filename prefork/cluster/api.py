@@ -15,6 +15,7 @@ from prefork.cluster.plan import Plan
 from prefork.config import Settings
 from prefork.emitter import Emitter
 from prefork.errors import StartError
+from prefork.process.signals import SignalInbox
 from prefork.worker.main import Worker
 
 # In the order in which one worker goes through them.
@@ -46,12 +47,12 @@ class Cluster:
     def is_worker(self) -> bool:
         return self.worker is not None
 
-    def run(self, plan: Plan) -> int:
+    def run(self, plan: Plan, inbox: SignalInbox) -> int:
         """The master's loop. Returns the exit code when the cluster has stopped."""
         if self.is_worker:
             raise StartError("a worker cannot be the master of the cluster that it belongs to")
         self.settings = plan.settings
-        return Master(plan, self._emitter, self.workers).run()
+        return Master(plan, self._emitter, self.workers, inbox).run()
 
     def become_worker(self, worker: Worker) -> None:
         """In a forked child: from here on this process is *worker*."""

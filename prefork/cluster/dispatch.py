@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from prefork.cluster.handles import WorkerHandle
-from prefork.errors import ChannelClosed
+from prefork.errors import ChannelClosed, reason_of
 from prefork.ipc.frames import Kind
 from prefork.scoreboard import Scoreboard
 
@@ -158,7 +158,7 @@ class Dispatcher:
                 continue
             except OSError as error:
                 # No descriptor is left for the copy that is sent. No fault of the worker's, and no other would do.
-                log.error("cannot give a connection away: %s; trying again in %g s", error.strerror, PAUSE)
+                log.error("cannot give a connection away: %s; trying again in %g s", reason_of(error), PAUSE)
                 self._is_paused = True
                 self._call_later(PAUSE, self._resume)
                 return
@@ -208,7 +208,7 @@ class Acceptor:
             except OSError as error:
                 if error.errno not in OUT_OF_RESOURCES:
                     raise
-                log.error("cannot accept a connection: %s; trying again in %g s", error.strerror, PAUSE)
+                log.error("cannot accept a connection: %s; trying again in %g s", reason_of(error), PAUSE)
                 self._is_paused = True
                 self._call_later(PAUSE, self._resume)
                 return

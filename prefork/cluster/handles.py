@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from signal import Signals, pidfd_send_signal
@@ -36,7 +37,16 @@ class WorkerHandle:
     and exit(code, signal), each told here before the cluster's event of the same name.
     """
 
-    def __init__(self, id: int, slot: int, generation: int, pid: int, channel: Channel, started_at: float) -> None:
+    def __init__(
+        self,
+        id: int,
+        slot: int,
+        generation: int,
+        pid: int,
+        channel: Channel,
+        started_at: float,
+        retire: Callable[[WorkerHandle], None],
+    ) -> None:
         self.id = id
         self.slot = slot
         self.generation = generation
@@ -49,6 +59,7 @@ class WorkerHandle:
         self.passed_deadline: str | None = None  # which one, in words
         self.channel = channel
         self.started_at = started_at  # seconds of the monotonic clock
+        self._retire = retire
         self.listening_since: float | None = None
         self._emitter = Emitter(WORKER_EVENTS)
         self.on, self.once, self.off = self._emitter.on, self._emitter.once, self._emitter.off
@@ -82,14 +93,17 @@ class WorkerHandle:
             pidfd_send_signal(self.pidfd, number)
 
     def disconnect(self) -> None:
-        """Retire it: it accepts nothing more, finishes what is in flight and exits with 0."""
-        self.exited_after_disconnect = True
+        """Retire it: it accepts nothing more, finishes what is in flight and exits with 0. Another takes its place."""
+        if not self.exited_after_disconnect and not self.is_dead():
+            self._retire(self)
+
+    def ask_to_leave(self) -> None:
+        """The asking alone, for the master, which sees to it that it is heard."""
         if self.state < State.LISTENING:
             # It holds no connection yet, and does not read its channel while it imports.
             self.kill(Signals.SIGTERM)
         else:
             self.tell({"type": "drain"})
-        self.advance(State.DRAINING)
 
     def tell(self, message: dict[str, Any]) -> bool:
         """A message of prefork's own. False: its channel is gone, its exit will be told."""

@@ -3,7 +3,7 @@
     FORKED -> ONLINE -> LISTENING -> DRAINING -> EXITED
 
 A state may be skipped on the way down (a worker can die at any time), never
-revisited. The numbers are what the scoreboard stores.
+revisited.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from prefork.cluster.dispatch import Acceptor, Dispatcher
 from prefork.cluster.handles import BootFailure, WorkerHandle
 from prefork.cluster.lifecycle import State
 from prefork.cluster.plan import Plan, Seat
-from prefork.cluster.policy import ExitCause, GiveUp, StartAgain, after_exit, cause_of, delay_after
+from prefork.cluster.policy import NEVER_BOOTED, ExitCause, GiveUp, StartAgain, after_exit, cause_of, delay_after
 from prefork.cluster.reactor import Reactor, Timer
 from prefork.cluster.sources import ChannelSource, ExitSource, SignalSource
 from prefork.emitter import Emitter
@@ -30,7 +30,7 @@ from prefork.ipc.frames import Kind
 from prefork.net.sharing import Sharing
 from prefork.process import forking
 from prefork.process.signals import SignalInbox
-from prefork.process.status import ExitStatus
+from prefork.process.status import BOOT_FAILED, ExitStatus
 
 log = logging.getLogger("prefork")
 
@@ -41,9 +41,6 @@ ABORT_GRACE = 1.0
 # runs the application's shutdown (4 s). Only one that cannot even do that is killed, this many
 # seconds after the graceful timeout.
 KILL_GRACE = 7.0
-
-# The exit code of a server that never came up, unless the worker knew a better one.
-BOOT_FAILED = 3
 
 # An error in every turn would only fill the disk with its tracebacks.
 MOST_MISHAPS = 100
@@ -74,12 +71,13 @@ class SlotRecord:
 class Master:
     """Runs a `Plan` until it is told to stop, or nothing of it can boot."""
 
-    def __init__(self, plan: Plan, emitter: Emitter, workers: dict[int, WorkerHandle]) -> None:
+    def __init__(self, plan: Plan, emitter: Emitter, workers: dict[int, WorkerHandle], inbox: SignalInbox) -> None:
+        """*inbox* catches `CAUGHT` already, and is closed by whoever opened it."""
         self._plan = plan
         self._emit = emitter.emit
         self._workers = workers  # by id; an entry stays until its process is reaped
         self._reactor = Reactor()
-        self._inbox = SignalInbox(CAUGHT)
+        self._inbox = inbox
         self._dispatcher = Dispatcher(plan.board, self._reactor.call_later)
         self._acceptors: list[Acceptor] = []
         self._slots: list[SlotRecord] = []
@@ -92,7 +90,7 @@ class Master:
 
     def run(self) -> int:
         """Start the workers and mind them until all have ended. Returns the process's exit code."""
-        self._inbox.open()
+        self._inbox.on_caught = None  # from here on they wait for our turn
         try:
             self._reactor.add(SignalSource(self._inbox, self._on_signal))
             self._open_acceptors()
@@ -101,6 +99,8 @@ class Master:
                 self._turn()
         finally:
             self._clean_up()
+        if not self._exit_code:  # otherwise the last line says why
+            log.info("stopped")
         return self._exit_code
 
     def _turn(self) -> None:
@@ -160,7 +160,7 @@ class Master:
         for listener in self._plan.listeners:
             listener.socket_for(record.index)  # a slot that is new under reuseport gets its socket here
         ours, theirs = Channel.pair()
-        seat = Seat(self._ids + 1, record.index, self._plan.generation, theirs)
+        seat = Seat(self._ids + 1, record.index, self._plan.generation, os.getpid(), theirs)
         try:
             pid = forking.fork(lambda: self._be_worker(seat, ours))
         except OSError:
@@ -169,7 +169,7 @@ class Master:
         finally:
             theirs.close()
         self._ids = seat.id
-        return WorkerHandle(seat.id, record.index, self._plan.generation, pid, ours, now)
+        return WorkerHandle(seat.id, record.index, self._plan.generation, pid, ours, now, self._retire)
 
     def _be_worker(self, seat: Seat, masters_end: Channel) -> int:
         """In the child: let go of all that is the master's, then be a worker."""
@@ -221,13 +221,11 @@ class Master:
         if not self._is_stopping:
             _log_boot_failure(handle.describe(), handle.boot_failure)
             if not self._anybody_booted:
-                self._give_up("no worker has ever booted, so the next one would fail the same way", handle)
+                self._give_up(NEVER_BOOTED, handle)
 
     def _hear_draining(self, handle: WorkerHandle, _body: dict[str, str]) -> None:
-        """It leaves by itself."""
-        handle.exited_after_disconnect = True
-        handle.advance(State.DRAINING)
-        self._dispatcher.leave(handle)
+        """It leaves: by itself, or because it was asked to."""
+        self._watch_leaving(handle)
 
     def _on_channel_end(self, source: ChannelSource) -> None:
         """Nothing more will be heard of it; its exit is told by its pidfd."""
@@ -250,7 +248,12 @@ class Master:
     def _on_exit(self, source: ExitSource) -> None:
         handle = source.handle
         self._hear_last_words(handle)
-        handle.exit_status = _reap(handle.pid)
+        status = _reap(handle.pid)
+        if status is None:  # a stale report
+            return
+        handle.exit_status = status
+        if os.getpid() == 1:
+            self._reap_orphans()  # it may have stood before them in the line
         self._reactor.remove(source)
         self._forget(handle)
         ending = handle.ending(self._reactor.now())
@@ -265,8 +268,7 @@ class Master:
         if self._is_stopping:
             return
         if record.index >= self._wanted:
-            for listener in self._plan.listeners:
-                listener.release(record.index)
+            self._vacate(record)
             return
         decision = after_exit(ending, record.failures, self._anybody_booted)
         if isinstance(decision, GiveUp):
@@ -325,7 +327,7 @@ class Master:
             case signal.SIGTERM:
                 self._stop("SIGTERM")
             case signal.SIGINT if self._is_stopping:
-                self._stop_at_once("a second SIGINT")
+                self._stop_at_once("SIGINT while stopping")
             case signal.SIGINT:
                 self._stop("SIGINT")
             case signal.SIGQUIT:
@@ -355,14 +357,29 @@ class Master:
             if record.restart is not None:
                 record.restart.cancel()
                 record.restart = None
-            if record.handle is not None and not record.handle.exited_after_disconnect:
+            if record.handle is None:
+                self._vacate(record)
+            elif not record.handle.exited_after_disconnect:
                 self._retire(record.handle)
 
+    def _vacate(self, record: SlotRecord) -> None:
+        """Nobody will accept on this slot's own sockets again: the kernel must send them nothing."""
+        for listener in self._plan.listeners:
+            listener.release(record.index)
+
     def _retire(self, handle: WorkerHandle) -> None:
+        self._watch_leaving(handle)
+        handle.ask_to_leave()
+
+    def _watch_leaving(self, handle: WorkerHandle) -> None:
+        """It accepts nothing more from now on, and has a bounded time to end."""
         self._dispatcher.leave(handle)
-        handle.disconnect()
-        timeout = self._plan.settings.graceful_timeout + KILL_GRACE
-        self._reactor.call_later(timeout, lambda: self._kill_late(handle, timeout))
+        if not handle.exited_after_disconnect:
+            handle.exited_after_disconnect = True
+            timeout = self._plan.settings.graceful_timeout + KILL_GRACE
+            self._reactor.call_later(timeout, lambda: self._kill_late(handle, timeout))
+        if handle.state is State.LISTENING:
+            handle.advance(State.DRAINING)
 
     def _kill_late(self, handle: WorkerHandle, timeout: float) -> None:
         if not handle.is_dead():
@@ -395,9 +412,8 @@ class Master:
             return
         self._is_stopping = True
         log.info(
-            "stopping (%s): %d workers finish what is in flight, for up to %g s",
+            "stopping (%s): what is in flight is finished, for up to %g s",
             reason,
-            len(self._workers),
             self._plan.settings.graceful_timeout,
         )
         self._close_doors()
@@ -436,19 +452,19 @@ class Master:
         """Leave nothing behind, whatever ended the loop."""
         for handle in list(self._workers.values()):  # only after an error of our own
             handle.kill(signal.SIGKILL)
-            _reap(handle.pid)
+            os.waitpid(handle.pid, 0)
             self._forget(handle)
         self._dispatcher.close()
         for listener in self._plan.listeners:
             listener.close()
-        self._inbox.close()
         self._reactor.close()
 
 
-def _reap(pid: int) -> ExitStatus:
-    """The exit status of a child of ours that has ended."""
+def _reap(pid: int) -> ExitStatus | None:
+    """The exit status of a child of ours; None if it has not ended."""
     try:
-        return ExitStatus.from_wait(os.waitpid(pid, 0)[1])
+        reaped, status = os.waitpid(pid, os.WNOHANG)
+        return ExitStatus.from_wait(status) if reaped else None
     except ChildProcessError:
         # A program that embeds us reaped it (SIGCHLD set to SIG_IGN does it too): the status is gone.
         return ExitStatus(code=255, signal=None)

@@ -18,6 +18,7 @@ class Seat:
     id: int
     slot: int
     generation: int
+    master: int  # the pid of the process that forks it
     channel: Channel
 
 

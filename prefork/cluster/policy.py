@@ -22,12 +22,15 @@ LONGEST_DELAY = 30.0
 class ExitCause(StrEnum):
     """Why a worker ended, in a word."""
 
-    RETIRED = "retired"  # it was asked to leave, or left by itself with code 0
+    RETIRED = "retired"  # it was asked to leave, or left by itself, and did
     CRASHED = "crashed"  # it ended by its own fault: an exit code, or a signal such as SIGSEGV
     KILLED = "killed"  # SIGKILL, SIGTERM ... from outside: an operator, the kernel's OOM killer
     BOOT_FAILED = "boot-failed"  # the application did not import or refused to start
     HUNG = "hung"  # it passed a deadline and was ended by the master
 
+
+# Nothing that the application did wrong.
+BLAMELESS = frozenset({ExitCause.RETIRED, ExitCause.KILLED})
 
 # A life of this many seconds after it began to listen proves that the slot is sound, so the
 # count of failures starts anew. A worker killed from outside is not at fault: only
@@ -40,6 +43,8 @@ SOUND_AFTER: dict[ExitCause, float] = {
     ExitCause.BOOT_FAILED: 60.0,
     ExitCause.HUNG: 60.0,
 }
+
+NEVER_BOOTED = "no worker has ever booted, so the next one would fail the same way"
 
 # Signals a process does not send itself when it breaks. All others (SIGSEGV, SIGABRT, SIGBUS,
 # SIGXCPU ...) are its own fault.
@@ -79,7 +84,10 @@ def cause_of(ending: Ending) -> ExitCause:
         return ExitCause.HUNG
     if ending.said_boot_failed:
         return ExitCause.BOOT_FAILED
-    if ending.was_asked or (ending.code == 0 and ending.listened_for is not None):
+    # SIGTERM is how a worker that still boots is asked.
+    if ending.was_asked and (ending.code == 0 or ending.signal == "SIGTERM"):
+        return ExitCause.RETIRED
+    if ending.code == 0 and ending.listened_for is not None:
         return ExitCause.RETIRED
     if ending.signal in FROM_OUTSIDE:
         return ExitCause.KILLED
@@ -100,8 +108,11 @@ def after_exit(ending: Ending, failures: int, anybody_booted: bool) -> StartAgai
     *anybody_booted*: some worker of this server has listened since it was started.
     """
     cause = cause_of(ending)
-    if not anybody_booted and cause is not ExitCause.KILLED:
-        return GiveUp("no worker has ever booted, so the next one would fail the same way")
+    if not anybody_booted and cause not in BLAMELESS:
+        return GiveUp(NEVER_BOOTED)
     was_sound = ending.listened_for is not None and ending.listened_for >= SOUND_AFTER[cause]
-    failures = 1 if was_sound else failures + 1
+    if was_sound:
+        failures = 0 if cause in BLAMELESS else 1
+    else:
+        failures += 1
     return StartAgain(delay_after(failures), failures)

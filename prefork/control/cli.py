@@ -7,7 +7,6 @@ raises leaves as one line on stderr and an exit code; only a bug has a traceback
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -17,7 +16,7 @@ import click
 
 from prefork.config import SETTINGS, Setting, Settings
 from prefork.control.serve import serve_command, version
-from prefork.errors import AddressError, ConfigError, PreforkError, TLSError
+from prefork.errors import AddressError, ConfigError, PreforkError, TLSError, did_you_mean
 from prefork.kinds import Several, Switch
 
 # What a shell expects: 2 is a command that cannot work as it was written, 1 one that failed
@@ -95,7 +94,7 @@ def _sentence(exc: click.ClickException) -> str:
     if isinstance(exc, click.NoSuchOption):
         if exc.option_name in ELSEWHERE:
             return f"there is no flag {exc.option_name}: {ELSEWHERE[exc.option_name]}"
-        return f"there is no flag {exc.option_name}{_near(exc.option_name, _flags(exc.ctx))}"
+        return f"there is no flag {exc.option_name}{did_you_mean(exc.option_name, _flags(exc.ctx))}"
     message = exc.format_message().rstrip(".")
     return message[:1].lower() + message[1:]
 
@@ -103,11 +102,6 @@ def _sentence(exc: click.ClickException) -> str:
 def _flags(context: click.Context | None) -> list[str]:
     parameters = context.command.get_params(context) if context else []
     return [flag for parameter in parameters for flag in parameter.opts + parameter.secondary_opts if flag[0] == "-"]
-
-
-def _near(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 class Commands(click.Group):
@@ -120,7 +114,7 @@ class Commands(click.Group):
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             if ":" in name:  # uvicorn and gunicorn take the application first
                 raise click.UsageError(f"there is no command {name!r}, did you mean 'prefork serve {name}'?")
-            raise click.UsageError(f"there is no command {name!r}{_near(name, self.list_commands(ctx))}")
+            raise click.UsageError(f"there is no command {name!r}{did_you_mean(name, self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
 
@@ -166,7 +160,7 @@ def _version(context: click.Context, _: click.Parameter, is_asked: bool) -> None
 def _serve(**flags: Any) -> int:
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     settings = Settings.load(flags=given)
-    code = serve_command(settings)
+    code = serve_command(settings, is_last_act=True)
     if code and settings.error_log != "-":  # otherwise the terminal would show nothing at all
         _complain(f"could not start; {settings.error_log} says why", code)
     return code

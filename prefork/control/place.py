@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from prefork.cluster.api import the_cluster
+from prefork.cluster.master import CAUGHT
 from prefork.config import Settings
-from prefork.errors import ConfigError, StartError
+from prefork.errors import ConfigError, StartError, reason_of
+from prefork.process.signals import SignalInbox
 
 
 class Stopped(BaseException):
@@ -26,7 +28,7 @@ class Stopped(BaseException):
     """
 
 
-STARTUP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 # Held while this process is a master.
 _running = threading.Lock()
@@ -60,23 +62,25 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Until the master catches signals itself, the usual ones end the start, and take back what it made."""
+def signals_caught(*, is_last_act: bool) -> Iterator[SignalInbox]:
+    """From before the first thing is made until the last is taken back, no signal has its default action.
 
-    is_over = False
+    Until the master reads the inbox, those that stop interrupt the start; the others
+    wait. With *is_last_act* the process is about to exit, and ignores them afterwards.
+    """
 
-    def leave(number: int, _frame: object) -> None:
-        if not is_over:  # otherwise some handlers would not be put back
-            raise Stopped(f"stopped by {signal.Signals(number).name} before anything was started")
+    def interrupt(number: signal.Signals) -> None:
+        if number in STOPPING:
+            raise Stopped(f"stopped by {number.name} before anything was started")
 
-    before = {number: signal.signal(number, leave) for number in STARTUP_SIGNALS}
+    inbox = SignalInbox(CAUGHT)
+    inbox.open()
+    inbox.on_caught = interrupt
     try:
-        yield
+        yield inbox
     finally:
-        is_over = True
-        for number, handler in before.items():
-            # None: it was not installed from Python and cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        inbox.on_caught = None
+        inbox.close(is_last_act=is_last_act)
 
 
 def current_directory() -> str:
@@ -95,16 +99,15 @@ def prepare_environment(settings: Settings, directory: str, leave: ExitStack) ->
         leave.callback(_set_variable, name, os.environ.get(name))
         os.environ[name] = value
     for entry in map(os.path.abspath, (*reversed(settings.pythonpath), directory)):
-        if entry not in sys.path:
-            sys.path.insert(0, entry)
-            leave.callback(_forget_path, entry)
+        sys.path.insert(0, entry)
+        leave.callback(_forget_path, entry)
 
 
 def _change_directory(target: str, before: str, leave: ExitStack) -> str:
     try:
         os.chdir(target)
     except OSError as error:
-        raise ConfigError(f"chdir {target!r} is not possible: {(error.strerror or str(error)).lower()}") from error
+        raise ConfigError(f"chdir {target!r} is not possible: {reason_of(error)}") from error
     leave.callback(_return_to, before)
     return os.getcwd()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import inspect
 import logging
 import os
 import threading
@@ -21,7 +22,7 @@ from prefork import log as logs
 from prefork.cluster.api import Cluster, the_cluster
 from prefork.cluster.plan import Plan, Seat
 from prefork.config import Settings
-from prefork.control.place import Stopped, alone, check_place, current_directory, interruptible, prepare_environment
+from prefork.control.place import Stopped, alone, check_place, current_directory, prepare_environment, signals_caught
 from prefork.errors import ConfigError, ImportFailed, ListenError, LoadError
 from prefork.log import AccessLog
 from prefork.net.address import TCPAddress, parse_address
@@ -30,6 +31,8 @@ from prefork.net.sharing import Sharing
 from prefork.net.tls import server_context
 from prefork.process.identity import owner, resolve
 from prefork.process.pidfile import PidFile
+from prefork.process.signals import SignalInbox
+from prefork.process.status import LOAD_FAILED
 from prefork.scoreboard import Scoreboard
 from prefork.worker import main as worker_main
 from prefork.worker.loop import loop_factory
@@ -41,8 +44,6 @@ log = logging.getLogger("prefork")
 # that was never used costs no memory.
 LEAST_SLOTS = 64
 SPARE_FACTOR = 4
-
-# Held while a master runs in this process.
 
 
 def serve(app: Any, **settings: Any) -> None:
@@ -61,18 +62,21 @@ def serve(app: Any, **settings: Any) -> None:
         raise SystemExit(code)
 
 
-def serve_command(settings: Settings, cluster: Cluster = the_cluster) -> int:
-    """Run a master with *settings*; its exit code. Raises PreforkError for what is wrong before the first fork."""
+def serve_command(settings: Settings, *, is_last_act: bool = False) -> int:
+    """Run a master with *settings*; its exit code. Raises PreforkError for what is wrong before the first fork.
+
+    With *is_last_act* the process ends next, and no late signal may change its exit code.
+    """
     check_place()
     try:
-        with alone(), ExitStack() as leave, interruptible():
-            return _start(settings, cluster, leave)
+        with alone(), signals_caught(is_last_act=is_last_act) as inbox, ExitStack() as leave:
+            return _start(settings, the_cluster, inbox, leave)
     except Stopped as stopped:
         log.info("%s", stopped)
         return 0
 
 
-def _start(settings: Settings, cluster: Cluster, leave: ExitStack) -> int:
+def _start(settings: Settings, cluster: Cluster, inbox: SignalInbox, leave: ExitStack) -> int:
     """Make everything, run the master; *leave* takes back what was made."""
     directory = current_directory()
     identity = resolve(settings.user or None, settings.group or None)
@@ -94,17 +98,17 @@ def _start(settings: Settings, cluster: Cluster, leave: ExitStack) -> int:
         application = worker_main.load(settings) if settings.preload else None
     except LoadError as error:
         log.error("%s", _with_traceback(str(error), error))
-        return worker_main.LOAD_FAILED
+        return LOAD_FAILED
     _call_hooks(settings.hooks, cluster)
     board = Scoreboard(max(LEAST_SLOTS, SPARE_FACTOR * settings.worker_count))
     equipment = Equipment(settings, listeners, identity, tls, application, access_log)
     _settle_memory(leave)
-    return cluster.run(_plan(settings, cluster, equipment, board))
+    return cluster.run(_plan(settings, cluster, equipment, board), inbox)
 
 
 def _plan(settings: Settings, cluster: Cluster, equipment: Equipment, board: Scoreboard) -> Plan:
     def be_worker(seat: Seat) -> int:
-        worker = Worker(seat.id, seat.slot, seat.generation)
+        worker = Worker(seat.id, seat.slot, seat.generation, seat.master)
         cluster.become_worker(worker)
         return worker_main.run(worker, seat.channel, board[seat.slot], equipment)
 
@@ -191,6 +195,8 @@ def _call_hooks(target: str, cluster: Cluster) -> None:
         name, function = worker_main.load_function(target)
     except LoadError as error:
         raise ConfigError(_with_traceback(f"hooks: {error}", error)) from error
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(f"hooks {name!r} is async, but must be a plain function: the master runs no event loop")
     if not callable(function):
         raise ConfigError(f"hooks {name!r} is of type {type(function).__name__}, but must be a function of the cluster")
     try:

@@ -49,6 +49,7 @@ class Bridge:
         self._loop = asyncio.get_running_loop()
         self._changed = threading.Condition()  # guards all that follows
         self._stopped: str | None = None  # why the thread must give up
+        self._is_over = False  # ... because its call has returned long since
 
         self._is_reading = False
         self._reader: asyncio.Task[None] | None = None
@@ -84,8 +85,12 @@ class Bridge:
             if not thread.cancelled():
                 thread.exception()  # seen: asyncio would call it "never retrieved"
             raise
+        except asyncio.CancelledError:
+            self.stop("the request was cancelled")
+            raise
         finally:
-            self.stop("the exchange is over")
+            self._is_over = self._stopped is None
+            self.stop("the handler has returned")
             thread.cancel()  # a call that no thread has picked up yet is withdrawn
             if self._reader is not None:
                 self._reader.cancel()
@@ -206,6 +211,8 @@ class Bridge:
             self._changed.notify_all()
 
     def _check(self) -> None:
+        if self._is_over:
+            raise GatewayError("the request or its body was used after the handler had returned")
         if self._stopped is not None:
             raise ClientDisconnected(self._stopped)
 

@@ -109,8 +109,16 @@ class Lifespan:
             "asgi": {"version": ASGI_VERSION, "spec_version": LIFESPAN_SPEC_VERSION},
             "state": self._state,
         }
-        called: Awaitable[None] = self._app(scope, self._receive, self._send)
-        await called
+        try:
+            called: Awaitable[None] = self._app(scope, self._receive, self._send)
+            await called
+        except (SystemExit, KeyboardInterrupt) as exc:
+            # Out of a task these would end the whole loop. Whoever calls sys.exit() while starting
+            # means that it cannot start, whatever the mode.
+            if self._phase is Phase.STARTING:
+                self._phase = Phase.OVER
+                self._failure = f"it raised {_name(exc)}"
+            raise RuntimeError(f"the application raised {_name(exc)}") from exc
 
     async def _receive(self) -> Message:
         if not self._startup_told:

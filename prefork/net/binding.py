@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from typing import TypeAlias
 
-from prefork.errors import ListenError
+from prefork.errors import ListenError, reason_of
 from prefork.net.address import Address, FdAddress, TCPAddress, UnixAddress
 
 # unix(7): sun_path has 108 bytes, of which a path needs one for its final NUL and an abstract
@@ -94,7 +94,7 @@ def _tcp_error(address: TCPAddress, exc: OSError) -> ListenError:
     elif exc.errno == errno.EAFNOSUPPORT:
         why = f"this machine does not speak the protocol of {address.host}"
     else:
-        why = _in_words(exc)
+        why = reason_of(exc)
     return _refused(address, why, exc)
 
 
@@ -184,7 +184,7 @@ def _set_rights(address: UnixAddress, mode: int | None, owner: tuple[int, int] |
     except OSError as exc:
         wanted = [f"owner {owner[0]}:{owner[1]}"] if owner is not None else []
         wanted += [f"mode {mode:o}"] if mode is not None else []
-        raise _refused(address, f"{' and '.join(wanted)} cannot be set ({_in_words(exc)})", exc) from exc
+        raise _refused(address, f"{' and '.join(wanted)} cannot be set ({reason_of(exc)})", exc) from exc
 
 
 def _unix_error(address: UnixAddress, exc: OSError) -> ListenError:
@@ -198,7 +198,7 @@ def _unix_error(address: UnixAddress, exc: OSError) -> ListenError:
     elif exc.errno in (errno.EACCES, errno.EPERM):
         why = f"user {os.geteuid()} may not create or remove a socket in {directory}"
     else:
-        why = _in_words(exc)
+        why = reason_of(exc)
     return _refused(address, why, exc)
 
 
@@ -243,7 +243,3 @@ def _refused(address: Address, why: str, exc: OSError) -> ListenError:
     error = ListenError(f"cannot listen on {address}: {why}")
     error.errno = exc.errno
     return error
-
-
-def _in_words(exc: OSError) -> str:
-    return (exc.strerror or str(exc)).lower()

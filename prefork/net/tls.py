@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ssl
 
-from prefork.errors import TLSError
+from prefork.errors import TLSError, reason_of
 
 # What we speak inside TLS: RFC 7301, and the identifier IANA registered for it.
 ALPN_PROTOCOLS = ("http/1.1",)
@@ -58,7 +58,7 @@ def _read(path: str, what: str) -> str:
     except FileNotFoundError as exc:
         raise TLSError(f"there is no file {path} to take the {what} from") from exc
     except OSError as exc:
-        raise TLSError(f"the {what} in {path} cannot be read: {(exc.strerror or str(exc)).lower()}") from exc
+        raise TLSError(f"the {what} in {path} cannot be read: {reason_of(exc)}") from exc
 
 
 def _load_chain(context: ssl.SSLContext, certfile: str, keyfile: str, password: str | None) -> None:

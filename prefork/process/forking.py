@@ -64,7 +64,7 @@ def exit_code(leaving: SystemExit) -> int:
     if isinstance(leaving.code, int):
         return leaving.code & 0xFF
     with suppress(Exception):  # a message that cannot be printed must not keep the child alive
-        pass
+        sys.stderr.write(f"{leaving.code}\n")
     return 1
 
 

@@ -1,13 +1,22 @@
-"""Who a process runs as, and whether its parent is still there."""
+"""Who a process runs as, and what becomes of it when its parent dies."""
 
 from __future__ import annotations
 
+import ctypes
 import grp
 import os
 import pwd
+import signal
 from dataclasses import dataclass
 
 from prefork.errors import ConfigError
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+# The parent-death signal, and the seconds between it and the end: see `end_with_parent`. Nothing but a
+# debugger uses SIGTRAP.
+DEATH_SIGNAL = signal.SIGTRAP
+DEATH_GRACE = int(DEATH_SIGNAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,23 @@ class Identity:
             else:
                 os.setgroups([])
             os.setuid(self.uid)
+
+
+def end_with_parent(parent: int) -> bool:
+    """Have the kernel end this process `DEATH_GRACE` seconds after process *parent*, whatever it does then.
+
+    The grace is for a process that notices by itself and finishes what it has. One that
+    cannot, because its code is stuck, even in C with the interpreter's lock held, is
+    ended all the same: the signal's handler is alarm(3), which is safe in a handler
+    (signal-safety(7)) and takes the signal's number for its seconds, and SIGALRM kills.
+    False: *parent* is gone already, and nothing will come.
+
+    To be called after `Identity.assume`, since setuid(2) clears the setting.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal(int(DEATH_SIGNAL), ctypes.cast(libc.alarm, ctypes.c_void_p))
+    libc.prctl(PR_SET_PDEATHSIG, int(DEATH_SIGNAL))
+    return os.getppid() == parent
 
 
 def resolve(user: str | None, group: str | None) -> Identity:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-from prefork.errors import ConfigError, StartError
+from prefork.errors import ConfigError, StartError, reason_of
 
 
 class PidFile:
@@ -28,9 +28,9 @@ class PidFile:
                 file.write(f"{os.getpid()}\n")
             os.rename(draft, self._path)  # nobody reads a half-written one
         except OSError as error:
-            raise ConfigError(
-                f"pidfile {self._path!r} cannot be written: {(error.strerror or str(error)).lower()}"
-            ) from error
+            with suppress(OSError):  # it may be what could not be made
+                os.unlink(draft)
+            raise ConfigError(f"pidfile {self._path!r} cannot be written: {reason_of(error)}") from error
 
     def remove(self) -> None:
         if self._read() == os.getpid():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -25,12 +25,17 @@ class SignalInbox:
         self._previous_wakeup = -1
         self._reader = -1
         self._writer = -1
+        # Called by the handler itself, before the signal is kept; what it raises interrupts the main
+        # thread wherever it is. For a time when nobody reads the inbox.
+        self.on_caught: Callable[[signal.Signals], None] | None = None
 
     def open(self) -> None:
-        """Start catching. Main thread only (`signal.signal` says so)."""
+        """Start catching. Main thread only (`signal.signal` says so). A SIGHUP ignored by nohup(1) stays ignored."""
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._previous_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in self._signals:
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._catch)
 
     def fileno(self) -> int:
@@ -46,11 +51,12 @@ class SignalInbox:
             taken.append(self._pending.popleft())
         return taken
 
-    def close(self) -> None:
-        """Give the signals back to whoever had them."""
+    def close(self, *, is_last_act: bool = False) -> None:
+        """Give the signals back to whoever had them; as the process's *is_last_act*, ignore them from here on."""
         for number, handler in self._previous.items():
             # None: the handler was not installed from Python and cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            given_back = signal.SIG_DFL if handler is None else handler
+            signal.signal(number, signal.SIG_IGN if is_last_act else given_back)
         self._previous.clear()
         signal.set_wakeup_fd(self._previous_wakeup)
         self.close_inherited()
@@ -61,7 +67,10 @@ class SignalInbox:
             os.close(descriptor)
 
     def _catch(self, number: int, _frame: object) -> None:
-        self._pending.append(signal.Signals(number))
+        caught = signal.Signals(number)
+        if self.on_caught is not None:
+            self.on_caught(caught)
+        self._pending.append(caught)
 
 
 @contextmanager

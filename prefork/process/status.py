@@ -6,6 +6,12 @@ import os
 import signal
 from dataclasses import dataclass
 
+# The exit codes of a worker beside 0 (it was told to leave) and 1 (a bug of ours), and of a server
+# that never came up because of them. 3 is uvicorn's and gunicorn's for what cannot boot, 4 gunicorn's
+# for an application that cannot be loaded.
+BOOT_FAILED = 3
+LOAD_FAILED = 4
+
 
 def signal_name(number: int) -> str:
     """ "SIGKILL" for 9; "signal 40" for one that Python has no name for (real-time signals)."""

@@ -6,7 +6,7 @@ application runs, "listening" once every address accepts, "failed" with the reas
 instead of it.
 
 A worker does not outlive its master. The end of the channel tells the event loop,
-which drains; a thread waits for the same end, for the case that the loop is blocked.
+which drains; a worker that cannot notice is ended by the kernel soon after.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import asyncio
 import faulthandler
 import logging
 import os
-import select
 import signal
 import ssl
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +27,7 @@ from typing import Any, TypeVar
 
 from prefork import log as logs
 from prefork.config import Settings
-from prefork.errors import ChannelClosed, ImportFailed, LifespanFailed, LoadError
+from prefork.errors import ChannelClosed, ImportFailed, LifespanFailed, LoadError, reason_of
 from prefork.gateway.lifespan import Lifespan
 from prefork.gateway.load import Application, Interface, load_application, resolve
 from prefork.gateway.make import make_gateway
@@ -39,7 +37,8 @@ from prefork.ipc.frames import Kind
 from prefork.log import AccessLog
 from prefork.net.listener import Listener
 from prefork.net.sharing import Sharing
-from prefork.process.identity import Identity
+from prefork.process.identity import Identity, end_with_parent
+from prefork.process.status import BOOT_FAILED, LOAD_FAILED
 from prefork.protocol.limits import Limits
 from prefork.scoreboard import Slot
 from prefork.worker.loop import loop_factory, loop_name
@@ -50,15 +49,17 @@ T = TypeVar("T")
 
 log = logging.getLogger("prefork")
 
-# Exit codes beside 0 (drained) and 1 (our own bug). 3 is uvicorn's and gunicorn's for a worker that
-# cannot boot, 4 gunicorn's for an application that cannot be loaded.
-BOOT_FAILED = 3
-LOAD_FAILED = 4
+FOR_THE_MASTER = (
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+)
 
-# When the master is gone nobody waits for us and nobody will kill us: drain this long at the most.
+# When the master is gone nobody waits for us: drain this many seconds at the most, within the grace
+# after which the kernel ends us (process.identity.DEATH_GRACE).
 ORPHAN_TIMEOUT = 3.0
-# ... and if the loop does not even notice, leave this many seconds after the master.
-ORPHAN_LIMIT = 4.0
 
 # The application's shutdown code may take this long after the drain, in seconds. The master kills
 # a little later (see cluster.master.KILL_GRACE).
@@ -74,11 +75,12 @@ LAST_WORDS_TIMEOUT = 1.0
 class Worker:
     """The worker that this process is: `prefork.cluster.worker`, and `request.worker` in handlers."""
 
-    def __init__(self, id: int, slot: int, generation: int) -> None:
+    def __init__(self, id: int, slot: int, generation: int, master: int) -> None:
         self.id = id
         self.slot = slot
         self.generation = generation
         self.pid = os.getpid()
+        self.master = master  # its pid
         self._leave: Callable[[], object] | None = None
 
     def describe(self) -> str:
@@ -132,10 +134,10 @@ def load_function(target: str) -> tuple[str, Any]:
 
 def run(worker: Worker, channel: Channel, slot: Slot, equipment: Equipment) -> int:
     """Be *worker* until told to leave; the exit code."""
-    # Ctrl-C reaches the whole foreground group; what it means is for the master to say. Not SIG_IGN,
-    # which programs that the application starts would inherit.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    _leave_with_master(channel)
+    # A terminal, or nohup's absence, sends these to the whole group; what they mean is for the master
+    # to say. Not SIG_IGN, which programs that the application starts would inherit.
+    for number in FOR_THE_MASTER:
+        signal.signal(number, lambda *_: None)
     faulthandler.enable()  # the stacks of all threads on SIGSEGV, SIGABRT and their like
     try:
         channel.send({"type": "online"})
@@ -153,7 +155,9 @@ def _boot_and_serve(worker: Worker, channel: Channel, slot: Slot, equipment: Equ
         equipment.identity.assume()
     except OSError as error:
         who = f"user {settings.user or '(unchanged)'}, group {settings.group or '(unchanged)'}"
-        raise BootFailed(f"cannot become {who}: {error.strerror}", "", BOOT_FAILED) from error
+        raise BootFailed(f"cannot become {who}: {reason_of(error)}", "", BOOT_FAILED) from error
+    if not end_with_parent(worker.master):
+        return 0
     application = equipment.application or _load_or_fail(settings)
     loop = loop_factory(settings.loop)()
     asyncio.set_event_loop(loop)
@@ -341,16 +345,20 @@ class Serving:
                 self._channel.send({"type": "draining"})
 
     def _on_orphaned(self) -> None:
-        log.error("%s leaves: its master is gone", self._worker.describe())
+        log.error("%s leaves: the channel to its master has ended", self._worker.describe())
         self._drain_timeout = min(self._drain_timeout, ORPHAN_TIMEOUT)
         self._leaving.set()
 
     async def _drain(self) -> None:
         assert self._server is not None
         await self._server.drain(self._drain_timeout)
-        if self._jobs:
-            # Of requests that were cut off: what they send next fails, and then they clean up.
-            await asyncio.wait([asyncio.wrap_future(job) for job in self._jobs], timeout=THREADS_GRACE)
+        # Threads of requests that were cut off: what they send next fails, and then they clean up.
+        # A copy, because they leave the set by themselves.
+        late = [asyncio.wrap_future(job) for job in tuple(self._jobs)]
+        if late:
+            ended, _ = await asyncio.wait(late, timeout=THREADS_GRACE)
+            for job in ended:
+                job.cancelled() or job.exception()  # told elsewhere; asyncio would call it "never retrieved"
 
     async def _stop_application(self, lifespan: Lifespan | None) -> int:
         if lifespan is None:
@@ -370,21 +378,6 @@ INTERFACE_NAMES = {
     Interface.ASGI: "an ASGI application",
     Interface.WSGI: "a WSGI application",
 }
-
-
-def _leave_with_master(channel: Channel) -> None:
-    """End this process soon after the master's end of *channel* is closed, even if the loop is blocked."""
-    descriptor = channel.fileno()
-
-    def watch() -> None:
-        poll = select.poll()
-        # Not POLLIN: reading is the loop's business. The kernel adds POLLHUP unasked.
-        poll.register(descriptor, select.POLLRDHUP)
-        poll.poll()
-        time.sleep(ORPHAN_LIMIT)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="prefork-lifeline", daemon=True).start()
 
 
 def _say_last_words(channel: Channel, failed: BootFailed) -> None:

@@ -16,6 +16,7 @@ import socket
 import ssl
 from collections.abc import Iterable
 
+from prefork.errors import reason_of
 from prefork.worker.connection import HTTPConnection
 from prefork.worker.deadlines import NEVER, Sweep
 from prefork.worker.service import Service
@@ -98,7 +99,7 @@ class Server:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return  # a sibling was faster, or the client left the queue
         except OSError as error:
-            log.error("cannot accept a connection: %s; trying again in %g s", error.strerror, ACCEPT_PAUSE)
+            log.error("cannot accept a connection: %s; trying again in %g s", reason_of(error), ACCEPT_PAUSE)
             self._loop.remove_reader(listening.fileno())
             self._loop.call_later(ACCEPT_PAUSE, self._accept_again, listening)
             return
@@ -144,9 +145,10 @@ class Server:
         service = self._service
         tasks = list(service.tasks)
         log.warning(
-            "%s were not finished within %g s (--graceful-timeout) and are cut off",
-            f"{len(tasks)} requests" if tasks else f"{len(service.connections)} connections",
+            "not finished within %g s (--graceful-timeout) and cut off: %d requests on %d connections",
             timeout,
+            len(tasks),
+            len(service.connections),
         )
         for task in [*tasks, *self._adoptions]:
             task.cancel()

@@ -30,8 +30,8 @@ def stubborn(cluster):
     register(cluster)
 
 
-async def dies_soon(request):
-    """Each worker dies a tenth of a second after its first import; see `slot_one_dies`."""
+async def hello(request):
+    return "hello"
 
 
 def slot_one_dies():
@@ -54,3 +54,10 @@ def slow_import():
     """A factory that takes its time; TERM has to get through."""
     print("importing", flush=True)
     time.sleep(60)
+
+
+def second_slow_import():
+    """A factory that takes a second."""
+    print("importing", flush=True)
+    time.sleep(1)
+    return hello

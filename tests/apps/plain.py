@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -24,6 +25,9 @@ async def app(request: Request) -> object:
             print("blocking the loop", flush=True)
             time.sleep(float(request.query["seconds"]))  # noqa: ASYNC251 - the loop shall stand still
             return "blocked"
+        case "/stuck":
+            print("stuck in C", flush=True)
+            return re.match("(a+)+$", "a" * 64 + "b")  # would take centuries, with the interpreter's lock held
         case "/echo":
             return await request.body()
         case "/length":

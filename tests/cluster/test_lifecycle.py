@@ -180,16 +180,49 @@ def test_a_worker_that_talks_nonsense_to_its_master_is_killed_and_replaced():
         assert "Traceback" not in server.log
 
 
-@pytest.mark.parametrize("is_blocked", [False, True])
-def test_workers_do_not_outlive_a_master_killed_with_9(is_blocked):
-    """Not even one whose event loop stands still; the port is free again."""
+@pytest.mark.parametrize("path", ["/slow?seconds=60", "/block?seconds=60", "/stuck"])
+def test_workers_do_not_outlive_a_master_killed_with_9(path):
+    """Not even one whose event loop stands still, or whose C code holds the interpreter's lock."""
     with Server(PLAIN, workers=2) as server:
         server.wait_ready(2)
         pids = [server.worker(1), server.worker(2)]
         with Client(server.port) as client:
-            if is_blocked:
-                client.send(b"GET /block?seconds=60 HTTP/1.1\r\nHost: test\r\n\r\n")
-                server.wait_for("blocking the loop")
+            client.send(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+            if not path.startswith("/slow"):
+                server.wait_for("blocking the loop|stuck in C")
             server.signal(signal.SIGKILL)
 
             assert all(wait_for_exit(pid, 8.0) for pid in pids)
+
+
+def test_requests_in_flight_are_finished_when_the_master_is_killed_with_9():
+    """The workers have a few seconds, and use them."""
+    with Server(PLAIN, workers=1) as server:
+        server.wait_ready(1)
+        with Client(server.port) as client:
+            client.send(b"GET /announced?seconds=1 HTTP/1.1\r\nHost: test\r\n\r\n")
+            server.wait_for("announced")
+            server.signal(signal.SIGKILL)
+
+            assert client.read().text == "announced"
+
+
+@pytest.mark.parametrize("lifespan", ["auto", "on"])
+def test_an_application_that_exits_in_its_startup_ends_the_server_with_its_words(lifespan):
+    """sys.exit("...") in a start-up means that it cannot start, whatever the mode."""
+    with Server("tests.apps.lifespans:exits", workers=2, lifespan=lifespan) as server:
+        code = server.wait_exit()
+
+    assert code == 3
+    assert "the configuration of this application is missing" in server.log
+    assert "never retrieved" not in server.log
+
+
+def test_a_worker_that_leaves_by_itself_and_cannot_end_is_killed_and_replaced():
+    """Otherwise one slot after another would be lost to a shutdown that hangs."""
+    with Server("tests.apps.lifespans:never_stops", workers=1, graceful_timeout=0.2) as server:
+        server.wait_ready(1)
+        assert get(server.port).text == "leaving"
+
+        server.wait_for(r"worker 1 .* ended: killed by SIGKILL, it did not end within 7\.2 s of being asked to")
+        server.wait_ready(2)

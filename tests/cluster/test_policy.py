@@ -103,8 +103,22 @@ def test_workers_killed_from_outside_are_replaced_at_once_again_and_again():
     failures = 0
     for _ in range(50):
         decision = after_exit(Ending(None, "SIGKILL", listened_for=1.5), failures, anybody_booted=True)
-        assert decision == StartAgain(0.0, 1)
+        assert decision == StartAgain(0.0, 0)
         failures = decision.failures
+
+
+def test_a_worker_that_retired_is_no_failure_of_its_slot():
+    """A crash that follows is the first one."""
+    retired = after_exit(Ending(0, None, was_asked=True, listened_for=0.1), 1, anybody_booted=True)
+    assert retired == StartAgain(0.0, 0)
+
+    assert after_exit(Ending(7, None, listened_for=0.1), retired.failures, anybody_booted=True) == StartAgain(0.0, 1)
+
+
+@pytest.mark.parametrize("ending", [Ending(1, None, was_asked=True), Ending(None, "SIGKILL", was_asked=True)])
+def test_a_worker_that_breaks_while_it_leaves_did_not_retire(ending):
+    """An exception in the drain would go unnoticed for years."""
+    assert cause_of(ending) is not ExitCause.RETIRED
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.client import DEADLINE, Client
+from tests.harness.client import DEADLINE, Client, get
 from tests.harness.server import Server, suspend
 
 PLAIN = "tests.apps.plain:app"
@@ -81,3 +81,13 @@ def test_a_second_server_on_the_same_port_is_refused(first):
             assert second.wait_exit() != 0
         assert "it is in use, another process listens there" in second.log
         assert workers_of(server.port) <= {1, 2}
+
+
+def test_a_slot_that_is_given_up_while_it_waits_to_restart_gets_no_connections():
+    """Its own socket would collect a share of the clients, and nobody would come for them."""
+    with Server("tests.apps.hooks:slot_one_dies()", workers=2, sharing="reuseport") as server:
+        server.wait_for("slot 1 failed 3 times in a row")
+        server.signal(signal.SIGTTOU)
+        server.wait_for("scaling from 2 to 1")
+
+        assert {get(server.port).text for _ in range(20)} == {"1 0"}

@@ -203,6 +203,53 @@ def test_a_stop_while_the_application_is_preloaded_ends_the_server():
     assert "stopped by SIGTERM before anything was started" in server.log
 
 
+def test_other_signals_while_the_application_is_preloaded_wait(tmp_path):
+    """logrotate's USR1 must not kill a server that starts, nor TTIN stop its process."""
+    with Server("tests.apps.hooks:second_slow_import()", workers=1, preload=True) as server:
+        server.wait_for("importing")
+        for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGTTIN):
+            server.signal(number)
+
+        server.wait_ready(2)
+        server.wait_for("reopening the logs")
+
+
+def test_signals_at_the_very_end_change_neither_the_exit_code_nor_what_is_left(tmp_path):
+    """Impatient supervisors send TERM again and again until the process is gone."""
+    path = tmp_path / "pid"
+    for _ in range(4):
+        with Server(PLAIN, workers=1, pidfile=path) as server:
+            server.wait_ready(1)
+            while server.process.poll() is None:
+                server.signal(signal.SIGTERM)
+
+        assert (server.process.returncode, path.exists()) == (0, False)
+
+
+def test_a_hang_up_of_the_whole_group_loses_nothing():
+    """A closed terminal sends it to the workers too."""
+    with Server(PLAIN, workers=2) as server:
+        server.wait_ready(2)
+        with begin(server, "/announced?seconds=0.5") as client:
+            server.wait_for("announced")
+            os.killpg(server.group, signal.SIGHUP)
+
+            assert client.read().text == "announced"
+        assert "ended" not in server.log
+
+
+def test_scaling_down_and_up_while_workers_boot_is_no_boot_failure():
+    """The worker that was retired before it listened did not fail."""
+    with Server("tests.apps.slow:app", workers=2) as server:
+        server.wait_for("importing", 2)
+        server.signal(signal.SIGTTOU)
+        server.wait_for("scaling from 2 to 1")
+        server.signal(signal.SIGTTIN)
+
+        server.wait_ready(2)
+        assert "giving up" not in server.log
+
+
 def test_a_stop_right_after_the_start_is_never_lost():
     """Whatever the instant, the master ends with 0 and leaves nothing."""
     for round_ in range(8):

@@ -395,7 +395,7 @@ def test_two_addresses_that_overlap(fails):
         (["--env", "DEBUG"], {}, "--env is 'DEBUG', but must be NAME=VALUE"),
         (["--unix-mode", "rw"], {}, "--unix-mode is 'rw', but must be permissions in octal as text, such as '660'"),
         (["--hooks", "hooks"], {}, "--hooks is 'hooks', but must be module:function"),
-        (["--worker", 2], {}, "there is no flag --worker, did you mean --workers?"),
+        (["--worker", 2], {}, "there is no flag --worker, did you mean '--workers'?"),
         (
             [],
             {"PREFORK_WORKRS": "2"},

@@ -25,7 +25,7 @@ def empty_place(tmp_path, monkeypatch):
 def served(monkeypatch):
     """The settings with which the server would have been started, one per start."""
     calls = []
-    monkeypatch.setattr(cli, "serve_command", lambda settings: calls.append(settings) or 0)
+    monkeypatch.setattr(cli, "serve_command", lambda settings, **_: calls.append(settings) or 0)
     return calls
 
 
@@ -148,10 +148,10 @@ def test_bind_may_be_repeated(prefork, served):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["serve", "--workrs", "3", "a:b"], "there is no flag --workrs, did you mean --workers?"),
-        (["serve", "--no-preloud", "a:b"], "there is no flag --no-preloud, did you mean --no-preload?"),
+        (["serve", "--workrs", "3", "a:b"], "there is no flag --workrs, did you mean '--workers'?"),
+        (["serve", "--no-preloud", "a:b"], "there is no flag --no-preloud, did you mean '--no-preload'?"),
         (["serve", "--xyzzy", "a:b"], "there is no flag --xyzzy"),
-        (["serv", "a:b"], "there is no command 'serv', did you mean serve?"),
+        (["serv", "a:b"], "there is no command 'serv', did you mean 'serve'?"),
         (["app:handler"], "there is no command 'app:handler', did you mean 'prefork serve app:handler'?"),
         (["serve", "a:b", "--workers"], "option '--workers' requires an argument"),
         (["serve", "a:b", "c:d"], "got unexpected extra argument (c:d)"),
@@ -176,7 +176,7 @@ def test_a_mistake_is_one_line_and_code_2(prefork, served, arguments, sentence):
 def test_what_fails_in_the_server_is_one_line_and_code_1(prefork, monkeypatch):
     """The command was right; the machine is not. No traceback for what is expected."""
 
-    def serve_command(settings):
+    def serve_command(settings, *, is_last_act):
         raise ListenError("127.0.0.1:8000 is in use by another process")
 
     monkeypatch.setattr(cli, "serve_command", serve_command)
@@ -186,7 +186,7 @@ def test_what_fails_in_the_server_is_one_line_and_code_1(prefork, monkeypatch):
 
 def test_the_exit_code_is_the_servers(prefork, monkeypatch):
     """3 and 4 tell a service manager that the application cannot start."""
-    monkeypatch.setattr(cli, "serve_command", lambda settings: 4)
+    monkeypatch.setattr(cli, "serve_command", lambda settings, **_: 4)
 
     assert prefork("serve", "a:b")[0] == 4
 
@@ -194,7 +194,7 @@ def test_the_exit_code_is_the_servers(prefork, monkeypatch):
 def test_an_interrupt_before_the_server_runs_is_code_130(prefork, monkeypatch):
     """As shells expect of SIGINT; a traceback would look like a crash."""
 
-    def serve_command(settings):
+    def serve_command(settings, *, is_last_act):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "serve_command", serve_command)
@@ -205,7 +205,7 @@ def test_an_interrupt_before_the_server_runs_is_code_130(prefork, monkeypatch):
 def test_a_bug_keeps_its_traceback(prefork, monkeypatch):
     """One line would hide where it is."""
 
-    def serve_command(settings):
+    def serve_command(settings, *, is_last_act):
         raise ZeroDivisionError
 
     monkeypatch.setattr(cli, "serve_command", serve_command)

@@ -263,6 +263,14 @@ def test_object_with_an_async_call_is_an_async_handler(run, exchange_for, wire):
     assert wire.body == b"async"
 
 
+def test_the_body_cannot_be_used_after_a_plain_handler_has_returned(exchange_for, wire, pool):
+    """It is streamed while the handler runs; as a response it would never come, and the client would not learn why."""
+    exchange = exchange_for("POST", content_length=3)
+
+    with pytest.raises(GatewayError, match="used after the handler had returned"):
+        go(HandlerGateway(lambda request: Response(request.file), run_in_thread=in_threads(pool))(exchange))
+
+
 @pytest.mark.parametrize("error", [LookupError("theirs"), StopIteration("theirs")])
 def test_exception_of_a_plain_handler_comes_out(run, exchange_for, error):
     """StopIteration too, which a future cannot carry: its request would wait for ever."""

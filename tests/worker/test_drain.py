@@ -90,7 +90,9 @@ def test_request_over_the_graceful_timeout_is_cut_off():
             server.signal(signal.SIGTERM)
             assert client.read().status == 500
             assert server.wait_exit() == 0
-        server.wait_for(r"warning 1 requests were not finished within 0.3 s \(--graceful-timeout\) and are cut off")
+        server.wait_for(
+            r"warning not finished within 0.3 s \(--graceful-timeout\) and cut off: 1 requests on 1 connections"
+        )
         server.wait_for(r"worker 1 .* ended: .*\b0\b")
 
 
