@@ -1,4 +1,4 @@
-"""WorkerHandle: a worker as the master sees it."""
+"""WorkerHandle: a worker as the master sees it, and the slot that it fills."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from prefork.cluster.lifecycle import State, may_become
 from prefork.cluster.policy import Ending, ExitCause
+from prefork.cluster.reactor import Timer
 from prefork.emitter import Emitter
 from prefork.errors import ChannelClosed
 from prefork.ipc.channel import Channel
@@ -145,3 +146,13 @@ class BootFailure:
     sentence: str
     traceback: str  # the application's own, or empty
     code: int
+
+
+@dataclass(slots=True)
+class SlotRecord:
+    """A place for one worker; the worker in it changes, the place stays."""
+
+    index: int
+    handle: WorkerHandle | None = None
+    failures: int = 0  # in a row
+    restart: Timer | None = None  # a replacement waits for its time

@@ -14,23 +14,23 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from dataclasses import dataclass
 
 from prefork import log as logs
 from prefork.cluster.dispatch import Acceptor, Dispatcher
-from prefork.cluster.handles import BootFailure, WorkerHandle
+from prefork.cluster.handles import BootFailure, SlotRecord, WorkerHandle
 from prefork.cluster.lifecycle import State
 from prefork.cluster.plan import Plan, Seat
 from prefork.cluster.policy import NEVER_BOOTED, ExitCause, GiveUp, StartAgain, after_exit, cause_of, delay_after
-from prefork.cluster.reactor import Reactor, Timer
+from prefork.cluster.reactor import Reactor
 from prefork.cluster.sources import ChannelSource, ExitSource, SignalSource
 from prefork.emitter import Emitter
 from prefork.ipc.channel import Channel, Message
 from prefork.ipc.frames import Kind
 from prefork.net.sharing import Sharing
 from prefork.process import forking
+from prefork.process.reaping import reap, reap_orphans
 from prefork.process.signals import SignalInbox
-from prefork.process.status import BOOT_FAILED, ExitStatus
+from prefork.process.status import BOOT_FAILED
 
 log = logging.getLogger("prefork")
 
@@ -56,16 +56,6 @@ CAUGHT = (
     signal.SIGTTOU,
     signal.SIGCHLD,
 )
-
-
-@dataclass(slots=True)
-class SlotRecord:
-    """A place for one worker; the worker in it changes, the place stays."""
-
-    index: int
-    handle: WorkerHandle | None = None
-    failures: int = 0  # in a row
-    restart: Timer | None = None  # a replacement waits for its time
 
 
 class Master:
@@ -248,12 +238,12 @@ class Master:
     def _on_exit(self, source: ExitSource) -> None:
         handle = source.handle
         self._hear_last_words(handle)
-        status = _reap(handle.pid)
+        status = reap(handle.pid)
         if status is None:  # a stale report
             return
         handle.exit_status = status
-        if os.getpid() == 1:
-            self._reap_orphans()  # it may have stood before them in the line
+        if os.getpid() == 1:  # it may have stood before them in the line
+            reap_orphans(self._pids())
         self._reactor.remove(source)
         self._forget(handle)
         ending = handle.ending(self._reactor.now())
@@ -283,6 +273,9 @@ class Master:
             source.on_readable()
             if not handle.channel.is_closed:  # a process that it started may hold the other end
                 self._on_channel_end(source)
+
+    def _pids(self) -> set[int]:
+        return {handle.pid for handle in self._workers.values()}
 
     def _forget(self, handle: WorkerHandle) -> None:
         del self._workers[handle.id]
@@ -339,7 +332,7 @@ class Master:
             case signal.SIGTTOU:
                 self._scale(self._wanted - 1)
             case signal.SIGCHLD if os.getpid() == 1:
-                self._reap_orphans()
+                reap_orphans(self._pids())
             case signal.SIGHUP | signal.SIGUSR2:
                 log.warning("ignored %s: this version does not reload; stop it and start it again", number.name)
 
@@ -391,18 +384,6 @@ class Master:
         logs.reopen()
         for handle in self._workers.values():
             handle.tell({"type": "reopen_logs"})
-
-    def _reap_orphans(self) -> None:
-        """As PID 1 we inherit every orphan of the container: reap those that are not ours in silence."""
-        ours = {handle.pid for handle in self._workers.values()}
-        while True:
-            try:
-                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if ended is None or ended.si_pid in ours:  # its pidfd tells; the next SIGCHLD brings us back
-                return
-            os.waitpid(ended.si_pid, 0)
 
     # ---- stopping ----
 
@@ -458,16 +439,6 @@ class Master:
         for listener in self._plan.listeners:
             listener.close()
         self._reactor.close()
-
-
-def _reap(pid: int) -> ExitStatus | None:
-    """The exit status of a child of ours; None if it has not ended."""
-    try:
-        reaped, status = os.waitpid(pid, os.WNOHANG)
-        return ExitStatus.from_wait(status) if reaped else None
-    except ChildProcessError:
-        # A program that embeds us reaped it (SIGCHLD set to SIG_IGN does it too): the status is gone.
-        return ExitStatus(code=255, signal=None)
 
 
 def _log_boot_failure(who: str, failure: BootFailure) -> None:
