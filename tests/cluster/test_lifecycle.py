@@ -42,6 +42,15 @@ def test_listening_is_told_once_for_each_address(tmp_path):
     assert re.fullmatch(r"\[::1\]:[1-9]\d*", addresses[2])
 
 
+def test_a_worker_holds_nothing_of_its_siblings():
+    """A copy of the master's end of a sibling's channel would hide the master's death from that sibling."""
+    with Server(PLAIN, workers=4) as server:
+        server.wait_ready(4)
+        held = [len(os.listdir(f"/proc/{server.worker(number)}/fd")) for number in (1, 2, 3, 4)]
+
+    assert held == [held[0]] * 4
+
+
 def test_hooks_run_in_the_master_before_the_first_fork():
     """A command-line user can register listeners too."""
     with Server(PLAIN, workers=2, hooks="tests.apps.hooks:stubborn") as server:
