@@ -24,6 +24,7 @@ from prefork.cluster.policy import NEVER_BOOTED, ExitCause, GiveUp, StartAgain, 
 from prefork.cluster.reactor import Reactor
 from prefork.cluster.sources import ChannelSource, ExitSource, SignalSource
 from prefork.emitter import Emitter
+from prefork.errors import reason_of
 from prefork.ipc.channel import Channel, Message
 from prefork.ipc.frames import Kind
 from prefork.net.sharing import Sharing
@@ -134,7 +135,9 @@ class Master:
         except OSError as error:
             record.failures += 1
             delay = delay_after(max(2, record.failures))
-            log.error("cannot start a worker in slot %d: %s; trying again in %.2g s", record.index, error, delay)
+            log.error(
+                "cannot start a worker in slot %d: %s; trying again in %.2g s", record.index, reason_of(error), delay
+            )
             record.restart = self._reactor.call_later(delay, lambda: self._start(record))
             return
         slot.pid = handle.pid
@@ -159,7 +162,13 @@ class Master:
         finally:
             theirs.close()
         self._ids = seat.id
-        return WorkerHandle(seat.id, record.index, self._plan.generation, pid, ours, now, self._retire)
+        try:
+            return WorkerHandle(seat.id, record.index, self._plan.generation, pid, ours, now, self._retire)
+        except OSError:  # no descriptor is left to watch it by: it must not live unwatched
+            ours.close()
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
 
     def _be_worker(self, seat: Seat, masters_end: Channel) -> int:
         """In the child: let go of all that is the master's, then be a worker."""

@@ -138,7 +138,9 @@ def run(worker: Worker, channel: Channel, slot: Slot, equipment: Equipment) -> i
     # to say. Not SIG_IGN, which programs that the application starts would inherit.
     for number in FOR_THE_MASTER:
         signal.signal(number, lambda *_: None)
-    faulthandler.enable()  # the stacks of all threads on SIGSEGV, SIGABRT and their like
+    # The stacks of all threads on SIGSEGV, SIGABRT and their like. By its number: a program that embeds us
+    # may have put something without a descriptor in sys.stderr's place.
+    faulthandler.enable(file=2)
     try:
         channel.send({"type": "online"})
         return _boot_and_serve(worker, channel, slot, equipment)
@@ -212,7 +214,7 @@ class Serving:
         self._catch_signals()
         self._worker.on_disconnect(self._leave_from_anywhere)
         lifespan = await self._start_application()
-        await self._listen()
+        self._listen()
         await self._leaving.wait()
         await self._drain()
         return await self._stop_application(lifespan)
@@ -244,7 +246,7 @@ class Serving:
             raise BootFailed(str(error), error.traceback, BOOT_FAILED) from error
         return lifespan
 
-    async def _listen(self) -> None:
+    def _listen(self) -> None:
         self._server = Server(self._make_service(), self._equipment.tls)
         sockets = [
             listener.socket_for(self._worker.slot)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 
 import pytest
 
 from tests.harness.client import Client, get
-from tests.harness.server import Server, wait_for_exit
+from tests.harness.server import Server, pids_in_group, wait_for_exit
 
 PLAIN = "tests.apps.plain:app"
 HOOKS = "tests.apps.hooks:register"
@@ -49,6 +50,16 @@ def test_a_worker_holds_nothing_of_its_siblings():
         held = [len(os.listdir(f"/proc/{server.worker(number)}/fd")) for number in (1, 2, 3, 4)]
 
     assert held == [held[0]] * 4
+
+
+def test_a_child_that_cannot_be_watched_does_not_live():
+    """Out of descriptors right after a fork: unwatched it would serve on, and outlive every stop."""
+    with Server(None, command=[sys.executable, "-m", "tests.apps.unwatchable"]) as server:
+        server.wait_for("cannot start a worker in slot 0: .*too many open files.*; trying again in 0.75 s")
+        server.wait_ready(1)
+
+        assert len(pids_in_group(server.group)) == 2
+        assert get(server.port).text == "hello"
 
 
 def test_hooks_run_in_the_master_before_the_first_fork():
