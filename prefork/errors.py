@@ -35,6 +35,10 @@ class TLSError(PreforkError):
     """A certificate, a key or a TLS setting cannot be used."""
 
 
+class ProxyRefused(PreforkError):
+    """A connection does not begin with the PROXY header it must have, or with one that is malformed."""
+
+
 class LoadError(PreforkError):
     """The application cannot be loaded."""
 
@@ -79,8 +83,32 @@ class GatewayError(PreforkError):
     """The application broke its interface (ASGI, WSGI, native): expected one thing, got another."""
 
 
+# What would end the event loop, and with it the worker, if a task let it out.
+EXITS = (SystemExit, KeyboardInterrupt)
+
+
+class ApplicationExited(PreforkError):
+    """The application called `sys.exit`, or raised what only the interpreter may, in the middle of a request."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(f"the application raised {type(cause).__name__}")
+
+
 class ClientDisconnected(PreforkError, ConnectionError):
     """The client went away before the exchange was complete."""
+
+
+class WebSocketDisconnected(ClientDisconnected):
+    """The WebSocket is closed: *code* and *reason* of its closing; 1006 if the connection was lost without a word."""
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(f"the WebSocket is closed with {code}{reason and f': {reason}'}")
+        self.code = code
+        self.reason = reason
+
+
+class MissingExtra(PreforkError, ImportError):
+    """A package that only an extra installs is needed and is not there; the message names the extra."""
 
 
 class UnknownEvent(PreforkError, ValueError):
