@@ -2,7 +2,8 @@
 
 from prefork import cluster
 from prefork.control.serve import serve
-from prefork.errors import PreforkError
+from prefork.errors import PreforkError, WebSocketDisconnected
 from prefork.gateway.message import Request, Response
+from prefork.gateway.websocket import WebSocket
 
-__all__ = ["PreforkError", "Request", "Response", "cluster", "serve"]
+__all__ = ["PreforkError", "Request", "Response", "WebSocket", "WebSocketDisconnected", "cluster", "serve"]

@@ -20,7 +20,21 @@ from typing import Any, Literal
 
 from prefork.cpus import available_cpus
 from prefork.errors import ConfigError, did_you_mean, reason_of
-from prefork.kinds import Application, Choice, Header, Kind, Mode, Seconds, Several, Size, Switch, Text, Whole
+from prefork.kinds import (
+    Application,
+    Choice,
+    Header,
+    Kind,
+    Listed,
+    Mode,
+    Peer,
+    Seconds,
+    Several,
+    Size,
+    Switch,
+    Text,
+    Whole,
+)
 
 # Every worker has a slot of shared memory and two descriptors in the master. A number
 # beyond this is a slip of the finger, and forking it would take the machine down.
@@ -60,10 +74,14 @@ APPLICATION = "Application"
 PROCESS = "Process"
 TIMEOUTS = "Timeouts"
 LIMITS = "Limits"
+WEBSOCKET = "WebSocket"
 TLS = "TLS"
+PROXIES = "Proxies"
 LOGGING = "Logging"
 
 _PATH = Text("PATH", "a path", "(?s:.+)")
+# As in gunicorn and uvicorn, and whoever may write to a unix socket.
+_THIS_MACHINE = ("127.0.0.1", "::1", "unix")
 _TARGET = r"[^\s:]+:[^\s:]+"
 
 
@@ -244,14 +262,95 @@ class Settings:
         0, Size(0), LIMITS, "Largest request body, in bytes; then 413 (nginx: 1m). 0: the application decides."
     )
 
-    certfile: str = _declare("", _PATH, TLS, "Serve HTTPS with this certificate chain (PEM), on every address.")
-    keyfile: str = _declare("", _PATH, TLS, "The certificate's private key (PEM), if it is not in the same file.")
+    ws_max_size: int = _declare(
+        16 * 1024 * 1024,
+        Size(1),
+        WEBSOCKET,
+        "Largest message of a WebSocket client, in bytes, decompressed; then it is closed with 1009 (16m as in uvicorn).",
+    )
+    ws_ping_interval: float = _declare(
+        20.0,
+        Seconds(),
+        WEBSOCKET,
+        "A client that has sent nothing for this long is pinged (20 as in uvicorn). 0: never.",
+    )
+    ws_ping_timeout: float = _declare(
+        20.0,
+        Seconds(),
+        WEBSOCKET,
+        "Time for a client to answer a ping, with whatever it sends; then it is cut (20 as in uvicorn). 0: no limit.",
+    )
+    ws_compression: bool = _declare(
+        True,
+        Switch(),
+        WEBSOCKET,
+        "Compress messages if the client offers it (permessage-deflate).",
+    )
+
+    certfile: tuple[str, ...] = _declare(
+        (),
+        Several(_PATH),
+        TLS,
+        "Serve HTTPS with this certificate chain (PEM), on every address. May be repeated: clients get the one whose "
+        "subjectAltName has the name they ask for, otherwise the first. Changed files are taken up while serving.",
+    )
+    keyfile: tuple[str, ...] = _declare(
+        (),
+        Several(_PATH),
+        TLS,
+        "The certificate's private key (PEM), if it is not in the same file. Repeated as often as --certfile.",
+    )
     keyfile_password: str = _declare(
         "",
         Text("TEXT"),
         TLS,
-        "Password of the key. Better in the environment, where ps does not show it.",
+        "Password of the keys. Better in the environment, where ps does not show it.",
         is_secret=True,
+    )
+    client_ca: str = _declare(
+        "", _PATH, TLS, "Ask clients for a certificate that one of these authorities (PEM) has signed."
+    )
+    client_cert: str = _declare(
+        "required",
+        Choice("required", "optional"),
+        TLS,
+        "With --client-ca: whether a client without a certificate is turned away. One with a bad certificate always is.",
+    )
+
+    forwarded_allow_ips: tuple[str, ...] = _declare(
+        _THIS_MACHINE,
+        Listed(Peer(), "ADDRESS,..."),
+        PROXIES,
+        "Proxies in front of this server, whose word on the client counts (as in gunicorn and uvicorn). Of others the "
+        "fields of --forwarded-headers are passed to the application and not obeyed.",
+    )
+    forwarded_headers: tuple[str, ...] = _declare(
+        ("x-forwarded-for", "x-forwarded-proto"),
+        Listed(
+            Choice(
+                "x-forwarded-for",
+                "x-forwarded-proto",
+                "forwarded",
+                "off",
+            ),
+            "FIELD,...",
+        ),
+        PROXIES,
+        "The fields that these proxies set. Name only those that they overwrite or append to: the others come from the "
+        "client. forwarded (RFC 7239) excludes the others. off: none is obeyed.",
+    )
+    proxy_protocol: bool = _declare(
+        False,
+        Switch(),
+        PROXIES,
+        "Every connection begins with a PROXY protocol header, version 1 or 2, from one of --proxy-allow-ips; "
+        "connections of others, or without one, are closed.",
+    )
+    proxy_allow_ips: tuple[str, ...] = _declare(
+        _THIS_MACHINE,
+        Listed(Peer(), "ADDRESS,..."),
+        PROXIES,
+        "Who may send PROXY protocol headers.",
     )
 
     log_level: str = _declare(
@@ -325,9 +424,30 @@ def _check(settings: Settings) -> None:
     for address in settings.bind:
         if settings.bind.count(address) > 1 and not address.endswith(":0"):
             raise ConfigError(f"bind names {address!r} twice")
+    _check_tls(settings)
+    _check_proxies(settings)
+
+
+def _check_proxies(settings: Settings) -> None:
+    names = settings.forwarded_headers
+    for name in ("forwarded", "off"):
+        if name in names and len(set(names)) > 1:
+            raise ConfigError(f"forwarded_headers is {', '.join(names)}, but {name} stands alone")
+
+
+def _check_tls(settings: Settings) -> None:
     for name in ("keyfile", "keyfile_password"):
         if getattr(settings, name) and not settings.certfile:
             raise ConfigError(f"{name} is set and certfile is not: there is no certificate it could belong to")
+    if settings.keyfile and len(settings.keyfile) != len(settings.certfile):
+        raise ConfigError(
+            f"keyfile names {len(settings.keyfile)} and certfile {len(settings.certfile)}: there must be a key for each "
+            "certificate, in the same order, or none"
+        )
+    if settings.client_ca and not settings.certfile:
+        raise ConfigError("client_ca is set and certfile is not: only a server with TLS can ask for certificates")
+    if settings.client_cert != "required" and not settings.client_ca:
+        raise ConfigError(f"client_cert is {settings.client_cert!r} and client_ca is not set: nobody is asked for one")
 
 
 # ---- sources ----

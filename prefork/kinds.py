@@ -6,6 +6,7 @@ have allowed; whoever asked makes the error, since only he knows the setting's n
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 import re
@@ -186,6 +187,31 @@ class Several(Kind):
 
     def show(self, value: Any) -> str:
         return ", ".join(value) or "none"
+
+
+class Listed(Several):
+    """`Several`, whose text may hold values between commas, as lists of addresses are written everywhere."""
+
+    def __init__(self, each: Kind, metavar: str) -> None:
+        super().__init__(each)
+        self.metavar = metavar
+        self.words = each.words
+
+    def read(self, value: Any) -> tuple[Any, ...]:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return super().read([part.strip() for item in items for part in str(item).split(",") if part.strip()])
+
+
+class Peer(Kind):
+    """Who may be trusted: an address, a network, or a word for those that have none."""
+
+    allowed = "addresses, networks such as 10.0.0.0/8, unix (whoever is on a unix socket) or * (everybody), with commas"
+    words = ("unix", "*")
+
+    def read(self, value: Any) -> str:
+        if value not in self.words:
+            ipaddress.ip_network(value)
+        return str(value)
 
 
 def _plain_int(text: str) -> int | None:

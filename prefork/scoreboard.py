@@ -55,6 +55,11 @@ class Instant:
         slot.real[self._index] = value
 
 
+# Indices of the two that are counted with each request, for whoever cannot afford the descriptor.
+BEGUN = 7
+REQUESTS = 6
+
+
 class Slot:
     """What is known of one worker. The comments say who writes the field."""
 
@@ -66,8 +71,8 @@ class Slot:
     deadline = Instant(3)  # master: by when it has to listen
     opened = Count(4)  # worker: connections since it started
     closed = Count(5)  # worker: those of them that have ended
-    requests = Count(6)  # worker: answered since it started
-    in_flight = Count(7)  # worker: requests without a complete response
+    requests = Count(REQUESTS)  # worker: answered since it started
+    begun = Count(BEGUN)  # worker: requests whose head was read since it started
 
     def __init__(self, index: int, memory: memoryview) -> None:
         self.index = index
@@ -78,6 +83,11 @@ class Slot:
     def connections(self) -> int:
         """Open now."""
         return self.opened - self.closed
+
+    @property
+    def in_flight(self) -> int:
+        """Requests without a complete response."""
+        return self.begun - self.requests
 
     def reset(self) -> None:
         """Back to zero, for the slot's next process. The last one must have been reaped."""

@@ -235,6 +235,9 @@ def test_the_application_may_be_an_object(load):
         ({"bind": []}, "bind is empty: at least one address is needed, such as 127.0.0.1:8000"),
         ({"bind": [":80", ":80"]}, "bind names ':80' twice"),
         ({"keyfile": "k"}, "keyfile is set and certfile is not: there is no certificate it could belong to"),
+        ({"certfile": ["a", "b"], "keyfile": ["k"]}, "keyfile names 1 and certfile 2: there must be a key for each certificate, in the same order, or none"),
+        ({"client_ca": "c"}, "client_ca is set and certfile is not: only a server with TLS can ask for certificates"),
+        ({"client_cert": "optional", "certfile": "c"}, "client_cert is 'optional' and client_ca is not set: nobody is asked for one"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_named_with_its_value_and_what_is_allowed(refusal, given, sentence):

@@ -6,10 +6,12 @@ import re
 import signal
 import sys
 
-from tests.harness.client import Client, get
-from tests.harness.server import ROOT, Server
+from websockets.sync.client import connect
 
-SERVED = {"hello": "handler", "asgi": "app", "wsgi": "app"}
+from tests.harness.client import Client, get
+from tests.harness.server import DEADLINE, ROOT, Server
+
+SERVED = {"hello": "handler", "asgi": "app", "wsgi": "app", "websocket": "handler"}
 PROGRAMS = {"embedded", "cluster"}
 
 
@@ -43,6 +45,16 @@ def test_wsgi():
     """An upload is read as it arrives."""
     with Server("examples.wsgi:app", workers=1) as server, Client(server.port) as client:
         assert client.request("POST", "/up", body=bytes(100_000)).text == "POST /up with 100000 bytes\n"
+
+
+def test_websocket():
+    """What one says, the other hears; the page that does so in a browser comes from the same handler."""
+    with Server("examples.websocket:handler", workers=1) as server:
+        assert "new WebSocket" in get(server.port).text
+        url = f"ws://127.0.0.1:{server.port}/"
+        with connect(url) as one, connect(url) as other:
+            other.send("hello")
+            assert (one.recv(DEADLINE), other.recv(DEADLINE)) == ("hello", "hello")
 
 
 def test_embedded():

@@ -46,6 +46,7 @@ THIRD_PARTY = {
     "h11": {"protocol/"},
     "uvloop": {"worker/loop.py"},
     "click": {"control/cli.py"},
+    "websockets": {"protocol/session.py", "protocol/deflate.py", "protocol/frames.py"},
 }
 
 # An epoll set is shared by every process forked after it was made, and a lock that another thread
@@ -60,7 +61,10 @@ NO_THREADS = ("cluster/", "process/", "ipc/")
 THREADS = {"threading", "_thread", "concurrent", "multiprocessing", "queue"}
 
 # Imports that may stand in a function, since the package may be missing.
-OPTIONAL = {("worker/loop.py", "uvloop")}
+OPTIONAL = {
+    ("worker/loop.py", "uvloop"),
+    ("protocol/websocket.py", "prefork"),  # protocol.session, which needs websockets
+}
 
 
 @dataclass(frozen=True)

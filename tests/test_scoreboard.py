@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prefork.errors import ConfigError
 from prefork.scoreboard import SLOT_SIZE, Scoreboard, Slot
 
-COUNTS = ["pid", "generation", "opened", "closed", "requests", "in_flight"]
+COUNTS = ["pid", "generation", "opened", "closed", "requests", "begun"]
 INSTANTS = ["started_at", "deadline"]
 
 
@@ -73,7 +73,7 @@ def test_what_a_killed_child_counted_stays_readable(board):
     """The master takes a dead worker's connections and requests from here, however it died."""
     pid = os.fork()
     if pid == 0:
-        board[0].in_flight = 5
+        board[0].begun = 5
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
 

@@ -24,10 +24,11 @@ from prefork.cluster.policy import NEVER_BOOTED, ExitCause, GiveUp, StartAgain, 
 from prefork.cluster.reactor import Reactor
 from prefork.cluster.sources import ChannelSource, ExitSource, SignalSource
 from prefork.emitter import Emitter
-from prefork.errors import reason_of
+from prefork.errors import TLSError, reason_of
 from prefork.ipc.channel import Channel, Message
 from prefork.ipc.frames import Kind
 from prefork.net.sharing import Sharing
+from prefork.net.tls import RENEWAL_INTERVAL
 from prefork.process import forking
 from prefork.process.reaping import reap, reap_orphans
 from prefork.process.signals import SignalInbox
@@ -86,6 +87,8 @@ class Master:
             self._reactor.add(SignalSource(self._inbox, self._on_signal))
             self._open_acceptors()
             self._fill_slots()
+            if self._plan.tls is not None:
+                self._reactor.call_later(RENEWAL_INTERVAL, self._renew_certificates)
             while self._workers or not self._is_stopping:
                 self._turn()
         finally:
@@ -393,6 +396,22 @@ class Master:
         logs.reopen()
         for handle in self._workers.values():
             handle.tell({"type": "reopen_logs"})
+
+    # ---- certificates ----
+
+    def _renew_certificates(self) -> None:
+        """Workers may not read the files any more, so they are told what is in them; those to come inherit it."""
+        assert self._plan.tls is not None
+        self._reactor.call_later(RENEWAL_INTERVAL, self._renew_certificates)
+        try:
+            pem = self._plan.tls.renew()
+        except TLSError as error:
+            log.error("the changed TLS files are not used, what they held before still is: %s", error)
+            return
+        if pem is not None:
+            log.info("new connections get the renewed TLS certificates")
+            for handle in self._workers.values():
+                handle.tell({"type": "certificates", "pem": pem.to_message()})
 
     # ---- stopping ----
 

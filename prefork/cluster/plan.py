@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from prefork.config import Settings
 from prefork.ipc.channel import Channel
 from prefork.net.listener import Listener
+from prefork.net.tls import TLS
 from prefork.scoreboard import Scoreboard
 
 
@@ -32,3 +33,4 @@ class Plan:
     listeners: Sequence[Listener]
     board: Scoreboard
     generation: int = 1
+    tls: TLS | None = None

@@ -43,6 +43,14 @@ ELSEWHERE = {
     "--timeout": "there are several here: --boot-timeout, --head-timeout, --body-timeout, --write-timeout",
     "--ssl-certfile": "it is called --certfile here",
     "--ssl-keyfile": "it is called --keyfile here",
+    "--ssl-keyfile-password": "it is called --keyfile-password here",
+    "--ssl-certificate": "it is called --certfile here",
+    "--ssl-ca-certs": "it is called --client-ca here",
+    "--ssl-ca": "it is called --client-ca here",
+    "--ca-certs": "it is called --client-ca here",
+    "--ssl-cert-reqs": "it is called --client-cert here",
+    "--cert-reqs": "it is called --client-cert here",
+    "--ssl-client-verify": "it is called --client-cert here",
 }
 
 SERVE_HELP = """\

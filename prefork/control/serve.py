@@ -28,7 +28,7 @@ from prefork.log import AccessLog
 from prefork.net.address import TCPAddress, parse_address
 from prefork.net.listener import Listener
 from prefork.net.sharing import Sharing
-from prefork.net.tls import server_context
+from prefork.net.tls import TLS, TLSFiles
 from prefork.process.identity import owner, resolve
 from prefork.process.pidfile import PidFile
 from prefork.process.signals import SignalInbox
@@ -85,7 +85,7 @@ def _start(settings: Settings, cluster: Cluster, inbox: SignalInbox, leave: Exit
     access_log = AccessLog.open(settings.access_log, settings.log_format, owner=file_owner)
     if access_log is not None:
         leave.callback(access_log.close)
-    tls = _tls_context(settings)
+    tls = _load_tls(settings)
     loop_factory(settings.loop)  # refuses what is not installed
     listeners = _open_listeners(settings, leave)
     if settings.pidfile:
@@ -112,16 +112,19 @@ def _plan(settings: Settings, cluster: Cluster, equipment: Equipment, board: Sco
         cluster.become_worker(worker)
         return worker_main.run(worker, seat.channel, board[seat.slot], equipment)
 
-    return Plan(be_worker, settings, settings.worker_count, equipment.listeners, board)
+    return Plan(be_worker, settings, settings.worker_count, equipment.listeners, board, tls=equipment.tls)
 
 
 # ---- before the start ----
 
 
-def _tls_context(settings: Settings) -> Any:
+def _load_tls(settings: Settings) -> TLS | None:
     if not settings.certfile:
         return None
-    return server_context(settings.certfile, settings.keyfile or None, settings.keyfile_password or None)
+    files = TLSFiles.named(
+        settings.certfile, settings.keyfile, settings.client_ca or None, settings.client_cert == "required"
+    )
+    return TLS(files, settings.keyfile_password or None)
 
 
 def _open_listeners(settings: Settings, leave: ExitStack) -> list[Listener]:

@@ -10,13 +10,15 @@ raised by `send`, so that its traceback points at the line to mend.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
-from prefork.errors import ClientDisconnected, GatewayError
+from prefork.errors import EXITS, ApplicationExited, ClientDisconnected, GatewayError, ResponseError
 from prefork.gateway.exchange import Exchange
-from prefork.protocol.events import Headers
+from prefork.gateway.file import send_descriptor, send_path
+from prefork.protocol.memory import Memory
+from prefork.protocol.response import Field
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -35,6 +37,13 @@ HTTP_SPEC_VERSION = "2.3"
 START = "http.response.start"
 BODY = "http.response.body"
 TRAILERS = "http.response.trailers"
+EARLY_HINT = "http.response.early_hint"
+DEBUG = "http.response.debug"
+PATHSEND = "http.response.pathsend"
+ZEROCOPY = "http.response.zerocopysend"
+
+# What `send` takes beside the two messages of the specification. Nobody writes to the inner ones.
+EXTENSIONS: dict[str, dict[str, Any]] = {TRAILERS: {}, EARLY_HINT: {}, DEBUG: {}, PATHSEND: {}, ZEROCOPY: {}}
 
 
 class AsgiGateway:
@@ -46,6 +55,10 @@ class AsgiGateway:
         self._state = state
         self._root_path = root_path
         self._raw_root_path = quote(root_path).encode("ascii")  # as it stands on the wire
+        self._paths: Memory[bytes, str] = Memory()  # decoded
+
+    def begin(self, exchange: Exchange) -> Coroutine[object, object, None]:
+        return self(exchange)
 
     async def __call__(self, exchange: Exchange) -> None:
         """Run *exchange* to its end.
@@ -56,40 +69,48 @@ class AsgiGateway:
         """
         conversation = Conversation(exchange)
         called = self._app(self.scope(exchange), conversation.receive, conversation.send)
-        if not hasattr(called, "__await__"):
-            raise GatewayError(
-                f"the application returned {_kind(called)} when called with scope, receive and send; "
-                f"an ASGI application returns an awaitable: is it one? --interface says how it is called"
-            )
         try:
             await called
         except Exception as exc:
             if _stems_from_disconnect(exc):
                 raise ClientDisconnected("the application stopped because the client went away") from exc
+            if not hasattr(called, "__await__"):
+                raise GatewayError(
+                    f"the application returned {_kind(called)} when called with scope, receive and send; "
+                    f"an ASGI application returns an awaitable: is it one? --interface says how it is called"
+                ) from None
             raise
-        conversation.check_complete()
+        except EXITS as exc:
+            raise ApplicationExited(exc) from exc
+        if not exchange.responded:
+            conversation.check_complete()
 
     def scope(self, exchange: Exchange) -> Scope:
         """The connection scope. Lists and dictionaries are this request's own: middleware may change them."""
         request = exchange.request
-        path = self._whole_path(request.path)
+        path = request.path
+        if self._raw_root_path:
+            path = self._whole_path(path)
+        method = request.method
         scope: Scope = {
             "type": "http",
             "asgi": {"version": ASGI_VERSION, "spec_version": HTTP_SPEC_VERSION},
             "http_version": request.version,
-            "method": request.method.upper(),
+            "method": method if method.isupper() else method.upper(),
             "scheme": exchange.scheme,
-            "path": decode_path(path),
+            "path": self._paths.get(path) or self._paths.remember(path, decode_path(path), len(path)),
             "raw_path": path,
             "query_string": request.query,
             "root_path": self._root_path,
-            "headers": list(request.headers),
+            "headers": request.headers.copy(),
             "client": exchange.client,
             "server": exchange.server,
-            "extensions": {},
+            "extensions": EXTENSIONS.copy(),
         }
         if self._state is not None:
             scope["state"] = self._state.copy()
+        if exchange.tls is not None:
+            scope["extensions"]["tls"] = exchange.tls.copy()
         return scope
 
     def _whole_path(self, path: bytes) -> bytes:
@@ -113,18 +134,21 @@ def decode_path(path: bytes) -> str:
 class Conversation:
     """The two callables of one request, and how far it has come."""
 
-    __slots__ = ("_client_left", "_exchange", "_request_told", "_trailers")
+    _client_left = False  # `send` has said so, whatever the application made of it
+    _request_told = False  # the application has had the last `http.request`
+    _trailers = False  # announced, so they are the end of the response
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._client_left = False  # `send` has said so, whatever the application made of it
-        self._request_told = False  # the application has had the last `http.request`
-        self._trailers = False  # announced, so their message is no error
 
     async def receive(self) -> Message:
         """The next piece of the request; after the last one `http.disconnect`, when there is something to tell."""
         exchange = self._exchange
         if not self._request_told and not exchange.responded:
+            last = exchange.take_last()
+            if last is not None:
+                self._request_told = True
+                return {"type": "http.request", "body": last, "more_body": False}
             try:
                 body = await exchange.read()
             except ClientDisconnected:
@@ -146,18 +170,23 @@ class Conversation:
         """
         kind = message.get("type")
         exchange = self._exchange
-        if exchange.responded:
-            self._after_the_end(kind)
-        elif not exchange.has_started:
-            _expect(START, kind)
-            self._start(message)
-        else:
-            _expect(BODY, kind)
+        if kind == BODY and exchange.status and not exchange.responded:
+            body = message.get("body", b"")
+            if type(body) is not bytes:
+                body = _as_bytes(body)
             try:
-                await exchange.write(_body(message), bool(message.get("more_body", False)))
+                # Trailers, where they were announced, are the end.
+                if exchange.send(body, message.get("more_body", False) or self._trailers):
+                    await exchange.drain()
             except ClientDisconnected:
                 self._client_left = True
                 raise
+        elif kind == START and not exchange.status:
+            self._start(message)
+        elif kind in (PATHSEND, ZEROCOPY) and exchange.status and not exchange.responded:
+            await self._send_file(kind, message)
+        else:
+            self._send_other(kind, message)
 
     def check_complete(self) -> None:
         """Raise GatewayError if the application returned too early, ClientDisconnected if that was its client's doing."""
@@ -168,58 +197,104 @@ class Conversation:
             raise ClientDisconnected("the application returned early because the client went away")
         if not exchange.has_started:
             raise GatewayError(f"the application returned without a response: {START!r} was never sent")
-        raise GatewayError(
-            f"the application returned before its response was complete: {BODY!r} with 'more_body' false was never sent"
-        )
+        last = f"{TRAILERS!r} with 'more_trailers'" if self._trailers else f"{BODY!r} with 'more_body'"
+        raise GatewayError(f"the application returned before its response was complete: {last} false was never sent")
 
     def _start(self, message: Message) -> None:
-        exchange = self._exchange
         status = message.get("status")
-        if not isinstance(status, int) or isinstance(status, bool):
+        if type(status) is not int and (not isinstance(status, int) or isinstance(status, bool)):
             raise GatewayError(f"'status' of {START!r} is {_kind(status)}, an int was expected")
-        headers = _headers(message.get("headers", ()))
-        self._trailers = bool(message.get("trailers", False))
-        exchange.start(int(status), headers)
+        headers = message.get("headers", ())
+        try:
+            self._exchange.start(status, headers)
+        except (ResponseError, TypeError):
+            # Looked at one by one: an odd shape is mended, and for what cannot be mended there are words.
+            self._exchange.start(int(status), _fields(headers, START))
+        if message.get("trailers", False):
+            self._trailers = True
+            self._trailer_fields: list[Field] = []
 
-    def _after_the_end(self, kind: object) -> None:
-        # Trailers are no extension we offer. RFC 9110, section 6.5.1, lets a sender drop them,
-        # so an application that announced some all the same gets its response through.
-        if not (self._trailers and kind == TRAILERS):
+    def _send_other(self, kind: object, message: Message) -> None:
+        """What is rare, and what is out of turn."""
+        exchange = self._exchange
+        if kind == EARLY_HINT and not exchange.status:
+            exchange.inform(103, [(b"link", link) for link in _links(message)])
+        elif kind == TRAILERS and self._trailers and not exchange.responded:
+            self._more_trailers(message)
+        elif exchange.responded:
             raise GatewayError(f"ASGI message {kind!r} was sent after the response was complete")
+        elif kind != DEBUG:  # what it carries is for tests of templates
+            expected = BODY if exchange.status else START
+            raise GatewayError(f"expected ASGI message {expected!r}, got {kind!r}")
+
+    async def _send_file(self, kind: object, message: Message) -> None:
+        try:
+            if kind == PATHSEND:
+                await send_path(self._exchange, _path(message))
+            else:
+                more = bool(message.get("more_body", False)) or self._trailers
+                file, offset, count = _range(message)
+                await send_descriptor(self._exchange, file, offset, count, more)
+        except ClientDisconnected:
+            self._client_left = True
+            raise
+
+    def _more_trailers(self, message: Message) -> None:
+        self._trailer_fields += _fields(message.get("headers", ()), TRAILERS)
+        if not message.get("more_trailers", False):
+            self._exchange.send_trailers(self._trailer_fields)
 
 
-def _expect(expected: str, kind: object) -> None:
-    if kind != expected:
-        raise GatewayError(f"expected ASGI message {expected!r}, got {kind!r}")
-
-
-def _body(message: Message) -> bytes:
-    body = message.get("body", b"")
-    if isinstance(body, bytes):
-        return body
-    if isinstance(body, bytearray | memoryview):  # Starlette passes views through
+def _as_bytes(body: object) -> bytes:
+    if isinstance(body, bytes | bytearray | memoryview):  # Starlette passes views through
         return bytes(body)
     raise GatewayError(f"'body' of {BODY!r} is {_kind(body)}, bytes were expected")
 
 
-def _headers(headers: object) -> Headers:
+def _path(message: Message) -> str:
+    path = message.get("path")
+    if isinstance(path, str):
+        return path
+    raise GatewayError(f"'path' of {PATHSEND!r} is {_kind(path)}, a str was expected")
+
+
+def _range(message: Message) -> tuple[Any, int | None, int | None]:
+    file = message.get("file")
+    if not isinstance(file, int) and not hasattr(file, "fileno"):
+        raise GatewayError(f"'file' of {ZEROCOPY!r} is {_kind(file)}, a file with a descriptor was expected")
+    for name in ("offset", "count"):
+        value = message.get(name)
+        if value is not None and (not isinstance(value, int) or value < 0):
+            raise GatewayError(f"{name!r} of {ZEROCOPY!r} is {value!r}, a number of bytes was expected")
+    return file, message.get("offset"), message.get("count")
+
+
+def _links(message: Message) -> list[bytes]:
+    links = message.get("links", ())
+    if isinstance(links, Iterable) and not isinstance(links, bytes | str):
+        links = list(links)
+        if all(isinstance(link, bytes) for link in links):
+            return links
+    raise GatewayError(f"'links' of {EARLY_HINT!r} is {links!r}, an iterable of bytes was expected")
+
+
+def _fields(headers: object, where: str) -> list[Field]:
+    """*headers* in the one shape that is passed on, or the words for what is wrong with them."""
     if not isinstance(headers, Iterable):
-        raise GatewayError(f"'headers' of {START!r} is {_kind(headers)}, an iterable of [name, value] was expected")
-    return list(_fields(headers))
+        raise GatewayError(f"'headers' of {where!r} is {_kind(headers)}, an iterable of [name, value] was expected")
+    return [_field(field, where) for field in headers]
 
 
-def _fields(headers: Iterable[Any]) -> Iterator[tuple[bytes, bytes]]:
-    for field in headers:
-        try:
-            name, value = field
-        except (TypeError, ValueError):
-            raise GatewayError(f"a header of {START!r} is {field!r}, [name, value] was expected") from None
-        if not isinstance(name, bytes) or not isinstance(value, bytes):
-            raise GatewayError(
-                f"a header of {START!r} is [{_kind(name)}, {_kind(value)}]: {name!r}: {value!r}; both must be bytes"
-            )
-        # "Header names must be lowercased": the application's duty, and cheap to do for those that forget.
-        yield name.lower(), value
+def _field(field: Any, where: str) -> Field:
+    try:
+        name, value = field
+    except (TypeError, ValueError):
+        raise GatewayError(f"a header of {where!r} is {field!r}, [name, value] was expected") from None
+    if not isinstance(name, bytes) or not isinstance(value, bytes):
+        raise GatewayError(
+            f"a header of {where!r} is [{_kind(name)}, {_kind(value)}]: {name!r}: {value!r}; both must be bytes"
+        )
+    return bytes(name), bytes(value)
 
 
 def _stems_from_disconnect(exc: BaseException) -> bool:

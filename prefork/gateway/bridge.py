@@ -15,20 +15,31 @@ import asyncio
 import io
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
+from itertools import groupby
 from typing import IO, Any, Protocol, TypeVar
 
-from prefork.errors import ClientDisconnected, GatewayError
+from prefork.errors import EXITS, ClientDisconnected, GatewayError
 from prefork.gateway.exchange import Exchange
-from prefork.protocol.events import Headers
+from prefork.gateway.file import Part, send_part
+from prefork.gateway.threads import carriable
+from prefork.protocol.response import Field
 
 T = TypeVar("T")
 
-# Bytes in each direction above which the faster side waits for the slower one: as much
-# again as the exchange and the transport hold (asyncio's high-water mark). One piece,
-# however large, is always let through, since the application already holds it.
-HIGH_WATER = 64 * 1024
+# Bytes in each direction above which the faster side waits for the slower one: four pieces of
+# what files and sockets are usually read in, because each wait is two changes of threads. One
+# piece, however large, is always let through, since the application already holds it.
+HIGH_WATER = 256 * 1024
+LOW_WATER = HIGH_WATER // 4
+
+# What the application reads in smaller pieces than this, in bytes, is buffered in its thread.
+READ_SIZE = 64 * 1024
+
+# Pieces of a response below this size, in bytes, are joined to one; a larger one is not worth the copy.
+JOINED_SIZE = 16 * 1024
 
 # Bytes of a body kept in memory while it is read before the call; the rest goes to a
 # temporary file. Apache's mod_buffer takes 128 KiB, Django's uploads 2.5 MiB.
@@ -44,22 +55,26 @@ class RunInThread(Protocol):
 class Bridge:
     """One exchange, as a thread may use it while `run` carries it."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """*loop*: needed where none is running, in a thread."""
         self._exchange = exchange
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
         self._changed = threading.Condition()  # guards all that follows
         self._stopped: str | None = None  # why the thread must give up
         self._is_over = False  # ... because its call has returned long since
 
         self._is_reading = False
         self._reader: asyncio.Task[None] | None = None
-        self._input: list[bytes] = []
+        self._input: deque[bytes] = deque()
         self._input_size = 0
         self._input_ended = False
+        self._input_is_full = False  # the loop waits for room
         self._input_room = asyncio.Event()
 
-        self._head: tuple[int, Headers] | None = None
+        self._head: tuple[int, Iterable[Field]] | None = None
         self._output: list[bytes] = []
+        self._file: Part | None = None  # the end of the response, behind the output
+        self._is_sending_file = False
         self._output_size = 0
         self._output_ended = False
         self._output_announced = False  # the loop has been woken and has not looked yet
@@ -68,12 +83,15 @@ class Bridge:
     # ---- the loop ----
 
     async def run(self, call: Callable[[], T], run_in_thread: RunInThread) -> T:
-        """Run *call* in a thread and carry its exchange until it returns.
+        """Run *call* in a thread and carry its exchange until it returns: see `carry`."""
+        return await self.carry(asyncio.ensure_future(run_in_thread(lambda: _within_a_future(call))))
 
-        Raises what *call* raised; ClientDisconnected in its place if the thread had
+    async def carry(self, thread: asyncio.Future[T]) -> T:
+        """Carry the exchange until *thread* is done, the outcome of a thread's call.
+
+        Raises what the call raised; ClientDisconnected in its place if the thread had
         been told that the client is gone, because the one follows from the other.
         """
-        thread = asyncio.ensure_future(run_in_thread(lambda: _within_a_future(call)))
         thread.add_done_callback(lambda _: self._output_ready.set())
         try:
             await self._carry(thread)
@@ -107,10 +125,15 @@ class Bridge:
                 self._stopped = reason
             self._changed.notify_all()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Every further call raises."""
+        return self._stopped is not None
+
     # ---- the application's thread ----
 
     def read(self) -> bytes:
-        """What has arrived of the body, b"" at its end. Blocks until there is something."""
+        """The next piece of the body, b"" at its end. Blocks until there is one."""
         with self._changed:
             if not self._is_reading:
                 self._is_reading = True
@@ -118,20 +141,30 @@ class Bridge:
             while not self._input and not self._input_ended and self._stopped is None:
                 self._changed.wait()
             self._check()
-            pieces, self._input = self._input, []
-            was_full = self._input_size >= HIGH_WATER
-            self._input_size = 0
-        if was_full:
+            if not self._input:
+                return b""
+            data = self._input.popleft()
+            self._input_size -= len(data)
+            has_caught_up = self._input_is_full and self._input_size <= LOW_WATER
+            if has_caught_up:
+                self._input_is_full = False
+        if has_caught_up:
             self._in_loop(self._input_room.set)
-        return b"".join(pieces)
+        return data
 
-    def start(self, status: int, headers: Headers) -> None:
+    def start(self, status: int, headers: Iterable[Field]) -> None:
         """Begin the response; it leaves with the first piece."""
         with self._changed:
             self._head = (status, headers)
 
-    def send(self, data: bytes, more: bool) -> None:
-        """Hand over a piece; *more* false completes the response. Blocks while the client is slow."""
+    def send(self, data: bytes | Part, more: bool) -> None:
+        """Hand over a piece; *more* false completes the response. Blocks while the client is slow.
+
+        Part of a file completes it too, and blocks until the file is not needed any more.
+        """
+        if isinstance(data, Part):
+            self._send_file(data)
+            return
         with self._changed:
             while self._output_size >= HIGH_WATER and self._stopped is None:
                 self._changed.wait()
@@ -147,6 +180,16 @@ class Bridge:
 
     # ---- inside ----
 
+    def _send_file(self, file: Part) -> None:
+        with self._changed:
+            self._check()
+            self._file = file
+            self._output_ended = True
+            self._in_loop(self._output_ready.set)
+            # To the end of a transfer even if all is lost: a descriptor that is closed meanwhile may become another file.
+            self._changed.wait_for(lambda: not self._is_sending_file and (self._file is None or bool(self._stopped)))
+            self._file = None
+
     async def _carry(self, thread: asyncio.Future[T]) -> None:
         """Pass pieces on until the thread has ended and nothing is left."""
         while True:
@@ -158,18 +201,31 @@ class Bridge:
             self._output_ready.clear()
 
     async def _pass_on(self) -> None:
-        """One write for all that has gathered."""
+        """As few writes as possible for all that has gathered."""
         with self._changed:
             head, self._head = self._head, None
             pieces, self._output = self._output, []
-            more = not self._output_ended
+            file, self._file = self._file, None
+            self._is_sending_file = file is not None
+            more = not self._output_ended or file is not None
             self._output_size = 0
             self._output_announced = False
             self._changed.notify_all()
-        if head is not None:
-            self._exchange.start(*head)
-        if pieces:
-            await self._exchange.write(pieces[0] if len(pieces) == 1 else b"".join(pieces), more)
+        try:
+            if head is not None:
+                self._exchange.start(*head)
+            if pieces:
+                *others, last = _joined(pieces)
+                for piece in others:
+                    await self._exchange.write(piece, True)
+                await self._exchange.write(last, more)
+            if file is not None:
+                await send_part(self._exchange, file, False)
+        finally:
+            if file is not None:
+                with self._changed:
+                    self._is_sending_file = False
+                    self._changed.notify_all()
 
     def _outcome(self, thread: asyncio.Future[T]) -> T:
         try:
@@ -202,8 +258,9 @@ class Bridge:
         with self._changed:
             self._input.append(data)
             self._input_size += len(data)
+            self._input_is_full = self._input_size >= HIGH_WATER
             self._changed.notify_all()
-            return self._input_size >= HIGH_WATER
+            return self._input_is_full
 
     def _give_end(self) -> None:
         with self._changed:
@@ -254,18 +311,27 @@ def open_body(bridge: Bridge, exchange: Exchange) -> IO[bytes]:
     """The body as a binary file that blocks until the bytes asked for are there."""
     if not exchange.request.has_body:
         return io.BytesIO()
-    return io.BufferedReader(BridgedBody(bridge), HIGH_WATER)
+    return io.BufferedReader(BridgedBody(bridge), READ_SIZE)
 
 
 @asynccontextmanager
 async def spooled_body(exchange: Exchange) -> AsyncIterator[IO[bytes]]:
     """The whole body, read before the block begins, for an application called in the loop's own thread."""
-    with tempfile.SpooledTemporaryFile(SPOOL_SIZE) as body:
-        if exchange.request.has_body:
-            while data := await exchange.read():
-                body.write(data)
-            body.seek(0)
-        yield body
+    pieces: list[bytes] = []
+    size = 0
+    while size <= SPOOL_SIZE and (data := await exchange.read()):
+        pieces.append(data)
+        size += len(data)
+    if size <= SPOOL_SIZE:
+        yield io.BytesIO(b"".join(pieces))
+        return
+    with tempfile.TemporaryFile() as file:
+        file.writelines(pieces)
+        pieces.clear()
+        while data := await exchange.read():
+            file.write(data)
+        file.seek(0)
+        yield file
 
 
 def outside_the_loop(call: Callable[[], T]) -> T:
@@ -282,9 +348,17 @@ def outside_the_loop(call: Callable[[], T]) -> T:
         asyncio._set_running_loop(loop)
 
 
+def _joined(pieces: list[bytes]) -> Iterator[bytes]:
+    """*pieces*, small neighbours as one."""
+    for is_small, run in groupby(pieces, lambda piece: len(piece) < JOINED_SIZE):
+        if is_small:
+            yield b"".join(run)
+        else:
+            yield from run
+
+
 def _within_a_future(call: Callable[[], T]) -> T:
-    """What a future cannot carry becomes a RuntimeError. SystemExit out of a task would end the whole loop."""
     try:
         return call()
-    except (StopIteration, SystemExit, KeyboardInterrupt) as exc:
-        raise RuntimeError(f"the application raised {type(exc).__name__}") from exc
+    except (StopIteration, *EXITS) as exc:
+        raise carriable(exc) from exc

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Coroutine, Iterable
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from prefork.errors import ClientDisconnected, GatewayError
-from prefork.protocol.events import Headers, Request
+from prefork.protocol.events import Request
+from prefork.protocol.response import Field, FieldLines, field_lines
 
 # Pieces the application has not read yet, in bytes: at the high-water mark the wire stops
 # reading from the socket, at the low one it goes on. Both as asyncio's own for writing
@@ -33,11 +35,24 @@ class Wire(Protocol):
     def send_continue(self) -> None:
         """Answer `Expect: 100-continue`, if it was asked for and is not answered yet."""
 
-    def send_head(self, status: int, headers: Headers, body: bytes, more: bool) -> None:
+    def send_interim(self, status: int, headers: Iterable[Field]) -> None:
+        """An interim response before the final one. Raises ResponseError for what HTTP forbids."""
+
+    def send_head(self, status: int, headers: FieldLines, body: bytes, more: bool) -> None:
         """Head and first piece in one write. Raises ResponseError for what HTTP forbids."""
 
     def send_body(self, data: bytes, more: bool) -> None:
         """The next piece. Raises ResponseError for more or fewer bytes than announced."""
+
+    async def send_file(self, file: int, offset: int, count: int) -> None:
+        """The next piece, *count* bytes of the descriptor *file* from *offset*; returns when they are with the system.
+
+        Raises ResponseError as `send_body` and if the file is too short, OSError if it cannot be
+        read, ClientDisconnected. Whatever it raises once it has begun, the connection is cut.
+        """
+
+    def send_trailers(self, trailers: FieldLines) -> None:
+        """The end of the response, with *trailers* where the client takes them."""
 
     def is_writable(self) -> bool:
         """False above the transport's high-water mark: `await drain()` before the next piece."""
@@ -55,6 +70,9 @@ class Wire(Protocol):
     def resume_body(self) -> None:
         """The application caught up, or the body is complete. Called once after each pause."""
 
+    def go_on(self, exchange: Exchange, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run *coroutine*, the rest of what runs *exchange*, in a task; what it raises is treated alike."""
+
     def abort(self) -> None:
         """Cut the connection, so that a truncated body cannot pass for a whole one."""
 
@@ -62,28 +80,22 @@ class Wire(Protocol):
 class Exchange:
     """A request, the body still to come, and the response being made."""
 
-    __slots__ = (
-        "_body",
-        "_buffered",
-        "_gone",
-        "_head",
-        "_paused",
-        "_received_all",
-        "_waiter",
-        "_wire",
-        "client",
-        "request",
-        "responded",
-        "scheme",
-        "server",
-        "status",
-    )
+    # What most exchanges never change stands here: to store it in each would cost a third of making one.
+    status = 0  # 0: the application has not started its response
+    responded = False  # the whole response is with the transport
+    _head: FieldLines | None = None  # started, but not sent yet
+    _has_sent_head = False
+    _body: deque[bytes] | None = None  # pieces that came and were not read
+    _buffered = 0  # bytes of them
+    _paused = False
+    _gone = False
+    tls: dict[str, Any] | None = None  # what ASGI's extension of that name says
+    _waiter: asyncio.Future[None] | None = None
 
     def __init__(
         self,
         request: Request,
         wire: Wire,
-        *,
         client: tuple[str, int] | None,
         server: tuple[str, int | None] | None,
         scheme: str,
@@ -92,16 +104,8 @@ class Exchange:
         self.client = client
         self.server = server
         self.scheme = scheme
-        self.status = 0  # 0: the application has not started its response
-        self.responded = False  # the whole response is with the transport
         self._wire = wire
-        self._head: tuple[int, Headers] | None = None  # started, but not sent yet
-        self._body: deque[bytes] = deque()
-        self._buffered = 0
-        self._paused = False
         self._received_all = not request.has_body
-        self._gone = False
-        self._waiter: asyncio.Future[None] | None = None
 
     # ---- the wire feeds ----
 
@@ -109,12 +113,20 @@ class Exchange:
         """A piece of the body arrived. After the response nobody reads it: it is dropped."""
         if self.responded:
             return
+        if self._body is None:
+            self._body = deque()
         self._body.append(data)
         self._buffered += len(data)
         if self._buffered >= BODY_HIGH_WATER and not self._paused:
             self._paused = True
             self._wire.pause_body()
         self._wake()
+
+    def feed_whole(self, data: bytes) -> None:
+        """The body arrived with its head. Before anybody could read."""
+        self._body = deque((data,))
+        self._buffered = len(data)
+        self._received_all = True
 
     def feed_end(self) -> None:
         """The body is complete, so nothing more can pile up; the wire may watch for the client's leaving again."""
@@ -161,6 +173,25 @@ class Exchange:
             self._resume()
         return data
 
+    def take_last(self) -> bytes | None:
+        """The last piece of the body, if it is there, b"" after it; None if there is more to wait for, or to read before."""
+        if not self._received_all:
+            return None
+        if not self._body:
+            return b""
+        return self.take_whole() if len(self._body) == 1 else None
+
+    def take_whole(self) -> bytes | None:
+        """What is left of the body, if all of it has arrived; None if not."""
+        if not self._received_all:
+            return None
+        pieces, self._body = self._body, None
+        if pieces is None:
+            return b""
+        self._buffered = 0
+        self._resume()
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
     async def disconnected(self) -> None:
         """Wait until the client is gone or the response complete (ASGI's `http.disconnect`)."""
         while not self._gone and not self.responded:
@@ -168,12 +199,21 @@ class Exchange:
 
     # ---- the gateway answers ----
 
-    def start(self, status: int, headers: Headers) -> None:
-        """Begin the response; it leaves with the first piece of body. Only an unsent one may be replaced."""
-        if self.has_sent_head:
+    def inform(self, status: int, headers: Iterable[Field]) -> None:
+        """Send an interim response (103 with its links, RFC 8297). Raises as `start` and `send`."""
+        if self.status:
+            raise GatewayError(f"interim status {status} comes too late: the response has started with {self.status}")
+        self._wire.send_interim(status, headers)
+
+    def start(self, status: int, headers: Iterable[Field]) -> None:
+        """Begin the response; it leaves with the first piece of body. Only an unsent one may be replaced.
+
+        Raises ResponseError for what is no field.
+        """
+        if self._has_sent_head:
             raise GatewayError(f"the response has already started with status {self.status}")
+        self._head = field_lines(headers)
         self.status = status
-        self._head = (status, headers)
 
     @property
     def has_started(self) -> bool:
@@ -182,35 +222,65 @@ class Exchange:
     @property
     def has_sent_head(self) -> bool:
         """The head is with the transport, so nothing about it can be changed."""
-        return self.status != 0 and self._head is None
+        return self._has_sent_head
 
-    def send(self, data: bytes, more: bool) -> None:
+    def send(self, data: bytes, more: bool) -> bool:
         """Send a piece of body, the head before it; *more* false completes the response.
 
-        Raises ClientDisconnected if the client is gone, GatewayError out of turn and
-        ResponseError for what HTTP forbids. Does not wait: see `write`.
+        True if the client is slower than the application: `drain` before the next
+        piece, of which there is none after the last. Raises ClientDisconnected if the client is gone, GatewayError out of turn
+        and ResponseError for what HTTP forbids.
         """
-        if self.status == 0:
-            raise GatewayError("a piece of body was sent before the response was started")
-        if self.responded:
-            raise GatewayError("a piece of body was sent after the response was complete")
+        if self.responded or self._head is None:
+            raise GatewayError(self._out_of_turn())
         # Whether the client can still read is the wire's to say: one that closed its sending half can.
-        if self._head is not None:
-            # A head that HTTP forbids leaves nothing on the wire, so it stays unsent and `fail` can still answer 500.
-            self._wire.send_head(*self._head, data, more)
-            self._head = None
-        else:
+        if self._has_sent_head:
             self._wire.send_body(data, more)
+        else:
+            # A head that HTTP forbids leaves nothing on the wire, so it stays unsent and `fail` can still answer 500.
+            self._wire.send_head(self.status, self._head, data, more)
+            self._has_sent_head = True
         if not more:
-            self.responded = True
-            self._paused = False  # the wire may be in its next exchange, whose pause is not ours to end
-            self._wake()
+            self._conclude()
+        return more and not self._wire.is_writable()
+
+    async def drain(self) -> None:
+        """Wait until the client has taken enough. Raises ClientDisconnected when it is gone."""
+        await self._wire.drain()
+
+    def send_trailers(self, trailers: Iterable[Field]) -> None:
+        """Complete the response with fields behind its body, where the client takes them. Raises as `send`."""
+        lines = field_lines(trailers)
+        if not self._has_sent_head:
+            self.send(b"", True)
+        if self.responded or self._head is None:
+            raise GatewayError(self._out_of_turn())
+        self._wire.send_trailers(lines)
+        self._conclude()
 
     async def write(self, data: bytes, more: bool) -> None:
         """`send`, then wait while the client is slower than the application."""
-        self.send(data, more)
-        if not self._wire.is_writable():
+        if self.send(data, more):
             await self._wire.drain()
+
+    async def send_file(self, file: int, offset: int, count: int, more: bool) -> None:
+        """`write` for *count* bytes of the descriptor *file* from *offset*, past the interpreter where the system can.
+
+        Raises ResponseError too if the file is too short, and OSError if it cannot be read.
+        """
+        if self.responded or self._head is None:
+            raise GatewayError(self._out_of_turn())
+        if not self._has_sent_head:
+            if not more and self._head.length is None:
+                self._head = field_lines((*self._head, (b"content-length", b"%d" % count)))
+            self.send(b"", True)
+        head, self._head = self._head, None  # nothing else may be sent meanwhile
+        try:
+            await self._wire.send_file(file, offset, count)
+        finally:
+            self._head = head
+        if not more:
+            self.send(b"", False)
 
     def fail(self) -> None:
         """The application failed: 500 if nothing was sent, otherwise cut the connection. Never raises."""
@@ -223,7 +293,23 @@ class Exchange:
         with suppress(ClientDisconnected):  # nobody is left to be told
             self.send(b"Internal Server Error", False)
 
+    def go_on(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """For a gateway that began without a task: run *coroutine*, the rest, in one."""
+        self._wire.go_on(self, coroutine)
+
     # ---- inside ----
+
+    def _conclude(self) -> None:
+        self.responded = True
+        self._paused = False  # the wire may be in its next exchange, whose pause is not ours to end
+        if self._waiter is not None:
+            self._wake()
+
+    def _out_of_turn(self) -> str:
+        when = "after the response was complete" if self.responded else "before the response was started"
+        return (
+            f"a piece of body was sent {when if self.responded or not self.status else 'while a file was being sent'}"
+        )
 
     def _resume(self) -> None:
         if self._paused:

@@ -10,15 +10,16 @@ The response is sent after the handler has returned, never by it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+import os
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from prefork.errors import GatewayError, MalformedBody
+from prefork.errors import EXITS, ApplicationExited, GatewayError, MalformedBody
 from prefork.gateway.bridge import Bridge, RunInThread, open_body, outside_the_loop, spooled_body
 from prefork.gateway.exchange import Exchange
-from prefork.gateway.file import File, OpenFile, open_file, read_file, select
+from prefork.gateway.file import SMALL, File, OpenFile, open_file, select
 from prefork.gateway.message import TEXT, Headers, Request, Response, as_response
 
 T = TypeVar("T")
@@ -38,6 +39,9 @@ class HandlerGateway:
         self._run_in_thread = run_in_thread
         self._worker = worker
 
+    def begin(self, exchange: Exchange) -> Coroutine[object, object, None]:
+        return self(exchange)
+
     async def __call__(self, exchange: Exchange) -> None:
         """Run *exchange* to its end.
 
@@ -47,13 +51,15 @@ class HandlerGateway:
         """
         request = Request(exchange, self._worker)
         try:
-            result = await self._call(exchange, request)
+            result = await (self._handler(request) if self._is_async else self._call(exchange, request))
         except MalformedBody as exc:
             result = Response(str(exc), status=400)
-        response = as_response(result)
+        except EXITS as exc:
+            raise ApplicationExited(exc) from exc
+        response = result if type(result) is Response else as_response(result)
         body = response.body
         if isinstance(body, bytes):
-            exchange.start(response.status, response.headers.raw)
+            exchange.start(response.status, response.fields)
             exchange.send(body, False)
         elif isinstance(body, File):
             await self._send_file(exchange, request, response, body.path)
@@ -61,8 +67,6 @@ class HandlerGateway:
             await self._send_pieces(exchange, response, body)
 
     async def _call(self, exchange: Exchange, request: Request) -> Any:
-        if self._is_async:
-            return await self._handler(request)
         if self._run_in_thread is None:
             async with spooled_body(exchange) as file:
                 request.lend_file(file)
@@ -78,7 +82,7 @@ class HandlerGateway:
     async def _send_pieces(
         self, exchange: Exchange, response: Response, body: Iterable[bytes] | AsyncIterable[bytes]
     ) -> None:
-        exchange.start(response.status, response.headers.raw)
+        exchange.start(response.status, response.fields)
         if exchange.request.method == "HEAD":
             # Two sends say that the length is not known, one would say that it is nought.
             exchange.send(b"", True)
@@ -116,16 +120,11 @@ class HandlerGateway:
             return
         with begun.opened.file:
             exchange.start(begun.status, begun.headers.raw)
-            await self._send_rest(exchange, begun)
-
-    async def _send_rest(self, exchange: Exchange, begun: FileBegun) -> None:
-        piece, offset, left = begun.piece, begun.start, begun.length
-        while left > len(piece) > 0:
-            await exchange.write(piece, True)
-            offset, left = offset + len(piece), left - len(piece)
-            piece = await self._off_loop(partial(read_file, begun.opened, offset, left))
-        # A file that has shrunk meanwhile ends here with too few bytes, and the protocol says so.
-        exchange.send(piece, False)
+            if begun.length <= SMALL:
+                # A file that has shrunk meanwhile has too few bytes here, and the protocol says so.
+                exchange.send(begun.piece, False)
+            else:
+                await exchange.send_file(begun.opened.file.fileno(), begun.start, begun.length, False)
 
 
 def is_async(handler: object) -> bool:
@@ -160,7 +159,7 @@ async def _write(exchange: Exchange, piece: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FileBegun:
-    """All that a small file needs, got in one trip to a thread: *piece* is the first of *length* bytes."""
+    """All that a small file needs, got in one trip to a thread: *piece* is all of its *length* bytes."""
 
     opened: OpenFile
     status: int
@@ -181,8 +180,9 @@ def _begin_file(request: Request, response: Response, path: str) -> FileBegun | 
     headers = Headers(response.headers)  # a copy: the handler may return the same response again
     for name, value in selection.headers:
         headers[name] = value
-    if selection.status in (304, 416):  # no content, so no type of it
+    if selection.status in (304, 412, 416):  # no content, so no type of it
         headers.pop("content-type", None)
     length = 0 if request.method == "HEAD" else selection.length
     status = response.status if selection.status == 200 else selection.status
-    return FileBegun(opened, status, headers, selection.start, length, read_file(opened, selection.start, length))
+    piece = os.pread(opened.file.fileno(), length, selection.start) if length <= SMALL else b""
+    return FileBegun(opened, status, headers, selection.start, length, piece)

@@ -15,15 +15,18 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, get_args
 
 from prefork.errors import ImportFailed, LoadError, NoSuchAttribute, NoSuchModule
+from prefork.gateway.message import Request
+from prefork.gateway.websocket import WebSocket
 
 # What `module` without `:attr` tries, in this order: uvicorn's and FastAPI's habit,
 # PEP 3333's (gunicorn, mod_wsgi), and ours.
@@ -40,11 +43,20 @@ class Interface(Enum):
     WSGI = "wsgi"  # app(environ, start_response)
 
 
+class Takes(Enum):
+    """What a native handler is called with, by the annotation of its parameter."""
+
+    REQUESTS = "requests"
+    WEBSOCKETS = "WebSockets"
+    BOTH = "requests and WebSockets"
+
+
 @dataclass(frozen=True, slots=True)
 class Application:
     """What is served: its *name* for people, the callable, and how it is called.
 
     *guessed*: the signature did not decide; *reason* then says what did, as a clause for the log.
+    *takes* is what a native one takes; others say so themselves.
     """
 
     name: str
@@ -52,6 +64,7 @@ class Application:
     interface: Interface
     guessed: bool
     reason: str = ""
+    takes: Takes = Takes.REQUESTS
 
 
 def load_application(target: str | object, interface: str = AUTO) -> Application:
@@ -71,8 +84,12 @@ def load_application(target: str | object, interface: str = AUTO) -> Application
     if wanted is not None:
         if wanted is Interface.ASGI:
             _refuse_double_callable(name, loaded)
-        return Application(name, loaded, wanted, guessed=False)
-    return _detect(name, loaded)
+        application = Application(name, loaded, wanted, guessed=False)
+    else:
+        application = _detect(name, loaded)
+    if application.interface is Interface.NATIVE:
+        return replace(application, takes=_takes(name, loaded))
+    return application
 
 
 def _wanted(interface: str) -> Interface | None:
@@ -242,6 +259,9 @@ _ASGI_NAMES = ("scope", "receive", "send")
 _WSGI_NAMES = ("environ", "start_response")
 _NATIVE_NAMES = ("request",)
 
+# An annotation that cannot be evaluated, because its imports are for type checkers only, is read as words.
+_WORDS = re.compile(r"\w+")
+
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
@@ -284,6 +304,40 @@ def _by_names(shape: _Shape) -> Interface | None:
     if shape.names[:1] == _NATIVE_NAMES and shape.takes(1):
         return Interface.NATIVE
     return None
+
+
+def _takes(name: str, target: Any) -> Takes:
+    """What the annotation of a native handler's first parameter says; without one, requests."""
+    if hasattr(target, "websocket"):
+        _refuse_plain_sockets(name, target.websocket)
+        return Takes.BOTH
+    annotation = _first_annotation(target)
+    if isinstance(annotation, str):
+        words = set(_WORDS.findall(annotation))
+        kinds = {kind for kind in (Request, WebSocket) if kind.__name__ in words}
+    else:
+        kinds = {kind for kind in get_args(annotation) or (annotation,) if kind in (Request, WebSocket)}
+    if WebSocket not in kinds:
+        return Takes.REQUESTS
+    _refuse_plain_sockets(name, target)
+    return Takes.BOTH if Request in kinds else Takes.WEBSOCKETS
+
+
+def _first_annotation(target: Any) -> object:
+    for evaluated in (True, False):
+        try:
+            parameters = inspect.signature(target, eval_str=evaluated).parameters.values()
+        except (ValueError, TypeError):
+            return None
+        except Exception:  # noqa: BLE001 - an annotation is the application's code, and may name anything
+            continue
+        return next(iter(parameters)).annotation if parameters else None
+    return None
+
+
+def _refuse_plain_sockets(name: str, target: Any) -> None:
+    if not _is_async(target):
+        raise LoadError(f"{name!r} takes a WebSocket and is a plain function; to converse it must be 'async def'")
 
 
 def _by_count(name: str, shape: _Shape) -> Interface:

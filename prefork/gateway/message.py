@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, MutableMapping
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import parse_qsl, unquote
 
 from prefork.errors import GatewayError, MalformedBody
 from prefork.gateway.exchange import Exchange
 from prefork.gateway.file import File, guess_content_type
 from prefork.protocol.events import Headers as RawHeaders
+from prefork.protocol.memory import Memory
+from prefork.protocol.response import Field, FieldLines, field_lines
 
 Body = bytes | str | Iterable[bytes] | AsyncIterable[bytes]
 HeaderItems = Mapping[str, str] | Iterable[tuple[str, str]]
@@ -34,11 +36,13 @@ class Headers(MutableMapping[str, str]):
 
     def __init__(self, items: HeaderItems | None = None) -> None:
         self.raw: RawHeaders = []
+        if items is None:
+            return
         if isinstance(items, Headers):
             self.raw.extend(items.raw)
-        elif items is not None:
-            for name, value in items.items() if isinstance(items, Mapping) else items:
-                self.add(name, value)
+        else:
+            pairs = items.items() if isinstance(items, dict | Mapping) else items
+            self.raw.extend([_field(name, value) for name, value in pairs])
 
     @classmethod
     def of(cls, raw: RawHeaders) -> Headers:
@@ -53,6 +57,10 @@ class Headers(MutableMapping[str, str]):
             if candidate == key:
                 return value.decode("latin-1")
         raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        key = _key(name) if isinstance(name, str) else None
+        return any(candidate == key for candidate, _ in self.raw)
 
     def get_all(self, name: str) -> list[str]:
         """Every value of *name*, in order; empty if there is none."""
@@ -123,38 +131,43 @@ class Request:
     Unix socket. *raw_path* and *query_string* are bytes as sent, still escaped.
     """
 
-    __slots__ = (
-        "_content",
-        "_exchange",
-        "_file",
-        "_headers",
-        "_is_streamed",
-        "_query",
-        "client",
-        "http_version",
-        "method",
-        "query_string",
-        "raw_path",
-        "scheme",
-        "server",
-        "worker",
-    )
+    _headers: Headers | None = None
+    _query: Query | None = None
+    _content: bytes | None = None
+    _is_streamed = False
+    _file: IO[bytes] | None = None
 
     def __init__(self, exchange: Exchange, worker: Any = None) -> None:
-        self.method = exchange.request.method
-        self.raw_path = exchange.request.path
-        self.query_string = exchange.request.query
-        self.http_version = exchange.request.version
-        self.scheme = exchange.scheme
-        self.client = exchange.client
-        self.server = exchange.server
-        self.worker = worker
         self._exchange = exchange
-        self._headers: Headers | None = None
-        self._query: Query | None = None
-        self._content: bytes | None = None
-        self._is_streamed = False
-        self._file: IO[bytes] | None = None
+        self.worker = worker
+
+    @property
+    def method(self) -> str:
+        return self._exchange.request.method
+
+    @property
+    def raw_path(self) -> bytes:
+        return self._exchange.request.path
+
+    @property
+    def query_string(self) -> bytes:
+        return self._exchange.request.query
+
+    @property
+    def http_version(self) -> str:
+        return self._exchange.request.version
+
+    @property
+    def scheme(self) -> str:
+        return self._exchange.scheme
+
+    @property
+    def client(self) -> tuple[str, int] | None:
+        return self._exchange.client
+
+    @property
+    def server(self) -> tuple[str, int | None] | None:
+        return self._exchange.server
 
     @property
     def path(self) -> str:
@@ -164,7 +177,7 @@ class Request:
     @property
     def headers(self) -> Headers:
         if self._headers is None:
-            self._headers = Headers.of(self._exchange.request.headers)
+            self._headers = Headers.of(self._exchange.request.headers.copy())
         return self._headers
 
     @property
@@ -178,7 +191,8 @@ class Request:
     async def body(self) -> bytes:
         """The whole body. Raises ClientDisconnected if the client went away in the middle."""
         if self._content is None and self._file is None:
-            self._content = b"".join([piece async for piece in self.stream()])
+            whole = None if self._is_streamed else self._exchange.take_whole()
+            self._content = b"".join([piece async for piece in self.stream()]) if whole is None else whole
         return self.content
 
     async def json(self) -> Any:
@@ -237,7 +251,7 @@ class Response:
     body. Raises GatewayError for a status, header or body that cannot be one.
     """
 
-    __slots__ = ("body", "headers", "status")
+    __slots__ = ("_fields", "body", "status")
 
     def __init__(
         self,
@@ -246,14 +260,26 @@ class Response:
         headers: HeaderItems | None = None,
         content_type: str | None = None,
     ) -> None:
-        self.status = _status(status)
-        self.headers = Headers(headers)
+        self.status = status if type(status) is int and 200 <= status <= 999 else _status(status)
         default_type = TEXT if isinstance(body, str) else BINARY if body else None
-        self.body: bytes | File | Iterable[bytes] | AsyncIterable[bytes] = _body(body)
-        if content_type is not None:
-            self.headers["content-type"] = content_type
-        elif default_type is not None and "content-type" not in self.headers:
-            self.headers["content-type"] = default_type
+        self.body: bytes | File | Iterable[bytes] | AsyncIterable[bytes] = body if type(body) is bytes else _body(body)
+        items = tuple(headers.items()) if type(headers) is dict else headers
+        try:
+            known = _known.get((items, content_type, default_type))
+        except TypeError:  # headers in a list, say
+            known = None
+        self._fields: FieldLines | Headers = known or _learn(items, content_type, default_type)
+
+    @property
+    def headers(self) -> Headers:
+        if type(self._fields) is FieldLines:
+            self._fields = Headers.of(list(self._fields))
+        return cast(Headers, self._fields)
+
+    @property
+    def fields(self) -> Iterable[Field]:
+        """The headers as they are sent."""
+        return self._fields if type(self._fields) is FieldLines else cast(Headers, self._fields).raw
 
     @classmethod
     def json(cls, value: Any, status: int = 200, headers: HeaderItems | None = None) -> Response:
@@ -282,6 +308,22 @@ class Response:
 
     def __repr__(self) -> str:
         return f"<Response {self.status}>"
+
+
+# What responses are made of repeats: their headers are looked at once.
+_known: Memory[tuple[object, str | None, str | None], FieldLines] = Memory()
+
+
+def _learn(items: Any, content_type: str | None, default_type: str | None) -> FieldLines | Headers:
+    headers = Headers(items)
+    if content_type is not None:
+        headers["content-type"] = content_type
+    elif default_type is not None and "content-type" not in headers:
+        headers["content-type"] = default_type
+    if items is not None and type(items) is not tuple:
+        return headers
+    fields = field_lines(headers.raw)
+    return _known.remember((items, content_type, default_type), fields, len(fields.lines))
 
 
 def as_response(result: object) -> Response:
@@ -319,6 +361,9 @@ def _body(body: object) -> bytes | Iterable[bytes] | AsyncIterable[bytes]:
     )
 
 
+_fields: Memory[tuple[str, str], tuple[bytes, bytes]] = Memory()  # encoded before
+
+
 def _key(name: str) -> bytes:
     # The backslash stands in no header's name, so what latin-1 lacks is found nowhere.
     return name.lower().encode("latin-1", "backslashreplace")
@@ -327,10 +372,14 @@ def _key(name: str) -> bytes:
 def _field(name: object, value: object) -> tuple[bytes, bytes]:
     if not isinstance(name, str) or not isinstance(value, str):
         raise GatewayError(f"a header is {_kind(name)}: {_kind(value)}: {name!r}: {value!r}; both must be str")
+    known = _fields.get((name, value))
+    if known is not None:
+        return known
     try:
-        return name.lower().encode("latin-1"), value.encode("latin-1")
+        field = name.lower().encode("latin-1"), value.encode("latin-1")
     except UnicodeEncodeError:
         raise GatewayError(f"the header {name!r}: {value!r} has characters beyond latin-1") from None
+    return _fields.remember((name, value), field, len(name) + len(value))
 
 
 def _kind(value: object) -> str:

@@ -12,6 +12,7 @@ are complete. Until then the next request stays, unparsed, in the buffer.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import Enum
 
 from prefork.errors import ResponseError
@@ -22,14 +23,17 @@ from prefork.protocol.events import (
     Data,
     EndOfMessage,
     Event,
-    Headers,
     Refusal,
     Request,
 )
-from prefork.protocol.full import BodyReader, NoBody, body_reader
-from prefork.protocol.head import HeadRefused, Refused, parse_head, too_large
+from prefork.protocol.fast import NO_BODY, ChooseCycle, choose_cycle
+from prefork.protocol.full import BodyReader
+from prefork.protocol.head import HeadRefused, Refused, head_parser, too_large
 from prefork.protocol.limits import Limits
-from prefork.protocol.response import CONTINUE, Answer, Bodiless, BodyWriter, answer
+from prefork.protocol.response import BODILESS, CHUNKED, CONTINUE, BodyWriter, Field, answer, interim, last_chunk
+
+# Bytes of body above which it is not copied to stand behind its head: two writes cost less.
+JOINED = 16 * 1024
 
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 
@@ -55,12 +59,17 @@ class Connection:
 
     __slots__ = (
         "_answering",
+        "_at",
         "_buffer",
+        "_choose",
         "_empty_lines",
         "_eof",
+        "_is_ending",
+        "_is_head",
         "_last",
         "_limits",
         "_over",
+        "_parser",
         "_reader",
         "_reading",
         "_request",
@@ -70,31 +79,65 @@ class Connection:
         "_writer",
     )
 
-    def __init__(self, limits: Limits, *, server: bytes = b"prefork") -> None:
+    def __init__(self, limits: Limits, *, server: bytes = b"prefork", choose: ChooseCycle = choose_cycle) -> None:
+        """*server* is the value of that field, empty for none; *choose* says who reads the body of which request."""
         self._limits = limits
-        self._server = server
-        self._buffer = bytearray()
+        self._parser = head_parser(limits)
+        self._server = b"server: %b\r\n" % server if server else b""
+        self._choose = choose
+        self._buffer = b""
+        self._at = 0  # what stands before it in the buffer has been read
         self._eof = False
         self._over = False  # refused or closed: nothing more is read
         self._last = False  # no cycle follows this one
+        self._is_ending = False  # one of the three above, so that the ordinary case looks at one only
+        self._is_head = False  # what was refused was to begin with that method
+        self._scanned = 0  # where in the buffer the head's end may begin
+        self._empty_lines = 0
+        self._reader: BodyReader = NO_BODY
+        self._writer: BodyWriter = BODILESS
         self._begin_cycle()
 
     def _begin_cycle(self) -> None:
         self._reading = Reading.HEAD
-        self._scanned = 0  # bytes at the buffer's front known not to hold the head's end
-        self._empty_lines = 0
-        self._request: Request | None = None
-        self._reader: BodyReader = NoBody()
-        self._wants_continue = False
         self._answering = Answering.HEAD
-        self._writer: BodyWriter = Bodiless()
+        self._request: Request | None = None
+        self._wants_continue = False
+        if self._buffer:
+            if self._at == len(self._buffer):  # an idle connection holds no memory of its last request
+                self._buffer, self._at = b"", 0
+            self._scanned = self._at
+            self._empty_lines = 0
 
     def receive_data(self, data: bytes) -> None:
         """What the peer sent; b"" is its end of file. Pull `next_event` after it."""
         if not data:
-            self._eof = True
+            self._eof = self._is_ending = True
         elif not self._over:
-            self._buffer += data
+            self._scanned -= self._at
+            self._buffer = self._buffer[self._at :] + data if self._at < len(self._buffer) else data
+            self._at = 0
+
+    def receive_request(self, data: bytes) -> tuple[Request, bytes] | None:
+        """`receive_data` for the ordinary case: nothing is in hand, and *data* is one whole request, its length known.
+
+        The request and its body are returned, and no event is told of them. None in any
+        other case: pull `next_event`.
+        """
+        if self._reading is Reading.HEAD and not (self._buffer or self._is_ending) and self._choose is choose_cycle:
+            try:
+                # Were there another end of a head in front of this one, no parser would accept it.
+                end = len(data) if data.endswith(b"\r\n\r\n") else data.find(b"\r\n\r\n") + 4
+                if end > 3:
+                    request = self._parser.parse(data[:end])
+                    if not request.chunked and (request.content_length or 0) == len(data) - end:
+                        self._request = request
+                        self._reading = Reading.COMPLETE
+                        return request, data[end:]
+            except Refused:
+                pass  # told as an event
+        self.receive_data(data)
+        return None
 
     def next_event(self) -> Event:
         """What happened next, or a `Wait`. `Refusal` and `Closed` are told once and nothing is read after them."""
@@ -106,9 +149,10 @@ class Connection:
             if self._reading is Reading.BODY:
                 return self._read_body()
         except Refused as refused:
+            self._is_head = self._request is None and self._buffer.startswith(b"HEAD ", self._at)
             self._stop_reading()
             return Refusal(refused.status, refused.reason)
-        return PAUSED if self._buffer else self._await_data(clean=True)
+        return PAUSED if self._at < len(self._buffer) else self._await_data(clean=True)
 
     def send_continue(self) -> bytes:
         """The interim answer to `Expect: 100-continue`; b"" if none is awaited (any more)."""
@@ -117,18 +161,50 @@ class Connection:
         self._wants_continue = False
         return CONTINUE
 
-    def send_head(self, status: int, headers: Headers, body: bytes, more: bool, *, date: bytes) -> bytes:
-        """Begin the response with its head and first piece; *more* false completes it.
+    def send_interim(self, status: int, headers: Iterable[Field]) -> bytes:
+        """An interim response, such as 103 (RFC 8297), before the final one; b"" for a client of HTTP/1.0.
 
-        Raises ResponseError for what HTTP forbids, and then nothing was begun:
+        Raises ResponseError for what HTTP forbids, and after the final response has begun.
+        """
+        request = self._request
+        if request is None or self._answering is not Answering.HEAD:
+            raise ResponseError(f"interim status {status} has no place here: {self._describe()}")
+        data = interim(status, headers)
+        # RFC 9110 section 15.2: "A server MUST NOT send a 1xx response to an HTTP/1.0 client."
+        return data if request.version == "1.1" else b""
+
+    def send_head(
+        self, status: int, headers: Iterable[Field], body: bytes, more: bool, *, date: bytes
+    ) -> tuple[bytes, bytes]:
+        """Begin the response with its head and first piece; *more* false completes it. *date* is the line of that field.
+
+        The bytes to write, and more bytes to write after them, of a piece too large to be
+        copied. Raises ResponseError for what HTTP forbids, and then nothing was begun:
         another response may be sent instead.
         """
-        if self._request is None or self._answering is not Answering.HEAD:
+        request = self._request
+        if request is None or self._answering is not Answering.HEAD:
             raise ResponseError(f"status {status} answers no request: {self._describe()}")
-        started = self._answer(status, headers, None if more else len(body), date)
-        data = started.head + started.writer.write(body, more)
-        self._begin_answer(started, more)
-        return data
+        head, writer, keep_alive = answer(
+            status,
+            headers,
+            whole=None if more else len(body),
+            method=request.method,
+            version=request.version,
+            # A body that may or may not come cannot be told from a next request.
+            keep_alive=(self.keep_alive if self._is_ending else request.keep_alive) and not self.wants_continue,
+            date=date,
+            server=self._server,
+        )
+        body = writer.write(body, more)
+        self._writer = writer
+        if not keep_alive:
+            self._last = self._is_ending = True
+        self._answering = Answering.BODY if more else Answering.COMPLETE
+        if len(body) > JOINED:
+            return b"".join(head), body
+        head.append(body)
+        return b"".join(head), b""
 
     def send_body(self, data: bytes, more: bool) -> bytes:
         """The next piece; *more* false completes the response.
@@ -141,11 +217,36 @@ class Connection:
         try:
             piece = self._writer.write(data, more)
         except ResponseError:
-            self._last = True
+            self._last = self._is_ending = True
             raise
         if not more:
             self._answering = Answering.COMPLETE
         return piece
+
+    def frame(self, size: int) -> tuple[bytes, bytes] | None:
+        """For the next piece, of *size* bytes, that the caller sends itself: what to send before and after it.
+
+        None if nothing is to be sent, as in answer to HEAD. Raises ResponseError as `send_body`.
+        """
+        if self._answering is not Answering.BODY:
+            raise ResponseError(f"a piece of body has no place here: {self._describe()}")
+        try:
+            return self._writer.frame(size)
+        except ResponseError:
+            self._last = self._is_ending = True
+            raise
+
+    def send_trailers(self, trailers: Iterable[Field]) -> bytes:
+        """The end of the response, with fields behind the body if that is chunked and the client takes trailers.
+
+        Others may drop them (RFC 9110 section 6.5.1), and then so do we. Raises ResponseError as `send_body`.
+        """
+        request = self._request
+        if request is None or self._writer is not CHUNKED or not takes_trailers(request):
+            return self.send_body(b"", False)
+        data = last_chunk(trailers)
+        self.send_body(b"", False)
+        return data
 
     def refuse(self, refusal: Refusal, *, date: bytes) -> bytes:
         """The whole answer to a request that is not served, and the end of the connection after it.
@@ -156,20 +257,48 @@ class Connection:
         self._last = True
         if self._answering is not Answering.HEAD:
             return b""
+        request = self._request
+        # Its answer has no content, even if nothing else of it was understood (RFC 9110 section 9.3.2).
+        method = request.method if request is not None else "HEAD" if self._is_head else ""
         body = refusal.reason.encode("ascii", "backslashreplace") + b"\n"
-        started = self._answer(refusal.status, [(b"content-type", b"text/plain; charset=us-ascii")], len(body), date)
-        self._begin_answer(started, more=False)
-        return started.head + started.writer.write(body, False)
+        head, writer, _ = answer(
+            refusal.status,
+            [(b"content-type", b"text/plain; charset=us-ascii")],
+            whole=len(body),
+            method=method,
+            version=request.version if request is not None else "1.1",
+            keep_alive=False,
+            date=date,
+            server=self._server,
+        )
+        self._answering = Answering.COMPLETE
+        return b"".join(head) + writer.write(body, False)
 
     def close_after(self) -> None:
         """Drain: the answer in flight says `Connection: close` if its head is unsent; no request follows it."""
-        self._last = True
+        self._last = self._is_ending = True
 
-    def start_next_cycle(self) -> None:
-        """Go on to the next request, which may be in the buffer already."""
-        if not (self.request_complete and self.response_complete and self.keep_alive):
+    def start_next_cycle(self) -> bool:
+        """Go on to the next request, which may be in the buffer already. False if the connection is to be closed instead.
+
+        Raises ResponseError while this request or its response is incomplete.
+        """
+        if self._reading is not Reading.COMPLETE or self._answering is not Answering.COMPLETE:
             raise ResponseError(f"the next request has to wait: {self._describe()}")
+        if self._is_ending and not self.keep_alive:
+            return False
+        if self._request is not None and not self._request.keep_alive:
+            return False
         self._begin_cycle()
+        return True
+
+    def take_buffer(self) -> bytes:
+        """What was received and not read, for whoever speaks on this connection after an upgrade: it is over here."""
+        rest = self._buffer[self._at :]
+        self._stop_reading()
+        self._last = True
+        self._answering = Answering.COMPLETE
+        return rest
 
     @property
     def request_complete(self) -> bool:
@@ -184,47 +313,52 @@ class Connection:
     @property
     def is_idle(self) -> bool:
         """Between two cycles, and nothing of a next request is here."""
-        return self._reading is Reading.HEAD and not self._buffer and not self._over
+        return self._reading is Reading.HEAD and self._at == len(self._buffer) and not self._over
 
     @property
     def has_partial_head(self) -> bool:
         """A request has begun to arrive and its head is not complete."""
-        return self._reading is Reading.HEAD and bool(self._buffer)
+        return self._reading is Reading.HEAD and self._at < len(self._buffer)
 
     @property
     def keep_alive(self) -> bool:
         """Another request may follow, once both sides of this one are complete."""
-        if self._last or self._over or (self._eof and not self._buffer):
+        if self._last or self._over or (self._eof and self._at == len(self._buffer)):
             return False
         return self._request is None or self._request.keep_alive
 
     @property
+    def is_unexpected_end(self) -> bool:
+        """The client asked to keep the connection, so another request of its may be on its way when we close."""
+        return self._request is not None and self._request.keep_alive
+
+    @property
     def wants_continue(self) -> bool:
         """`Expect: 100-continue` is unanswered, so whether the body will come is unknown."""
-        return self._wants_continue and not self._buffer
+        return self._wants_continue and self._at == len(self._buffer)
 
     @property
     def buffered(self) -> int:
         """Bytes received and not yet told of."""
-        return len(self._buffer)
+        return len(self._buffer) - self._at
 
     def _read_head(self) -> Event:
-        size = self._find_head()
-        if not size:
-            return self._await_data(clean=not self._buffer)
-        head = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        request = parse_head(head, self._limits)
+        end = self._find_head()
+        if not end:
+            return self._await_data(clean=self._at == len(self._buffer))
+        head = self._buffer[self._at : end]
+        request = self._parser.parse(head)
+        self._at = end
         self._request = request
-        self._reader = body_reader(request, head, self._limits)
+        self._reader = self._choose(request, head, self._limits)
         self._wants_continue = request.expect_continue
         self._reading = Reading.BODY
         return request
 
     def _find_head(self) -> int:
-        """The size of the head at the buffer's front, 0 while it is incomplete. Scans only what is new."""
+        """Where in the buffer the head ends, 0 while it is incomplete. Scans only what is new."""
         buffer = self._buffer
-        if self._scanned == 0 and not self._find_first_line():
+        if self._scanned == self._at and not self._find_first_line():
             return 0
         end = buffer.find(b"\r\n\r\n", self._scanned)
         if end >= 0:
@@ -232,30 +366,36 @@ class Connection:
         # Without this a client that ends its lines with LF alone would wait for its deadline.
         if _BARE_LF.search(buffer, self._scanned):
             raise HeadRefused(400, "a line of the head ends in a bare LF")
-        if len(buffer) > self._limits.head_size:
-            raise too_large(buffer, self._limits)
-        self._scanned = max(len(buffer) - 3, 0)
+        if len(buffer) - self._at > self._limits.head_size:
+            raise too_large(buffer[self._at :], self._limits)
+        self._scanned = max(len(buffer) - 3, self._at)
         return 0
 
     def _find_first_line(self) -> bool:
         """Skip the empty lines that RFC 9112 section 2.2 asks us to ignore. False: nothing else is here."""
         buffer = self._buffer
-        while buffer.startswith(b"\r\n"):
+        while buffer.startswith(b"\r\n", self._at):
             self._empty_lines += 1
             if self._empty_lines > self._limits.empty_lines:
                 raise HeadRefused(400, f"more than {self._limits.empty_lines} empty lines before a request")
-            del buffer[:2]
-        if not buffer or buffer == b"\r":
+            self._at += 2
+        self._scanned = self._at
+        first = buffer[self._at : self._at + 2]
+        if first in (b"", b"\r"):
             return False
-        if not 0x21 <= buffer[0] <= 0x7E:
-            raise HeadRefused(400, f"byte 0x{buffer[0]:02x} cannot begin a request (TLS begins with 0x16)")
+        if not 0x21 <= first[0] <= 0x7E:
+            raise HeadRefused(400, f"byte 0x{first[0]:02x} cannot begin a request (TLS begins with 0x16)")
         return True
 
     def _read_body(self) -> Event:
         reader = self._reader
-        if self._buffer and not reader.is_complete:
+        if self._at < len(self._buffer) and not reader.is_complete:
             self._wants_continue = False
-            if data := reader.read(self._buffer):
+            data, self._at = reader.read(self._buffer, self._at)
+            if self._at == len(self._buffer):
+                # Hold no piece longer than its reader does.
+                self._buffer, self._at, self._scanned, self._empty_lines = b"", 0, 0, 0
+            if data:
                 return Data(data)
         if not reader.is_complete:
             return self._await_data(clean=False)
@@ -269,30 +409,19 @@ class Connection:
         return Closed(clean)
 
     def _stop_reading(self) -> None:
-        self._over = True
-        self._buffer.clear()
-
-    def _answer(self, status: int, headers: Headers, whole: int | None, date: bytes) -> Answer:
-        request = self._request
-        return answer(
-            status,
-            headers,
-            whole=whole,
-            method=request.method if request is not None else "",
-            version=request.version if request is not None else "1.1",
-            # A body that may or may not come cannot be told from a next request.
-            keep_alive=self.keep_alive and not self.wants_continue,
-            date=date,
-            server=self._server,
-        )
-
-    def _begin_answer(self, started: Answer, more: bool) -> None:
-        self._writer = started.writer
-        self._last |= not started.keep_alive
-        self._answering = Answering.BODY if more else Answering.COMPLETE
+        self._over = self._is_ending = True
+        self._buffer, self._at = b"", 0
 
     def _describe(self) -> str:
         return (
             f"the request is {self._reading.name.lower()}, the response {self._answering.name.lower()}, "
             f"and another request {'may' if self.keep_alive else 'may not'} follow"
         )
+
+
+def takes_trailers(request: Request) -> bool:
+    """The client said `TE: trailers` (RFC 9110 section 10.1.4)."""
+    return any(
+        name == b"te" and b"trailers" in [member.strip(b" \t") for member in value.lower().split(b",")]
+        for name, value in request.headers
+    )

@@ -14,13 +14,33 @@ from enum import Enum
 Headers = list[tuple[bytes, bytes]]
 
 
+@dataclass(slots=True, eq=False)
+class Fields:
+    """The field lines of one head, checked, and what they say about the message and its connection.
+
+    Requests whose lines are equal byte for byte share one, so nobody writes to it,
+    and what is derived from it can be kept by it.
+    """
+
+    headers: Headers
+    host: bytes | None = None
+    content_length: int | None = None
+    transfer_encoding: bytes | None = None
+    connection: tuple[bytes, ...] = ()  # its members, in lower case
+    expect: bytes | None = None
+    upgrade: bytes | None = None
+    # A Host, and nothing that says more than a GET of HTTP/1.1 says without it.
+    is_plain: bool = False
+
+
 @dataclass(slots=True)
 class Request:
     """A complete, checked request head (RFC 9112, section 3).
 
     *method* is upper or mixed case as sent; *target* the request-target byte for
     byte; *path* and *query* its two halves, still percent-encoded, the absolute
-    form already reduced to them; *version* "1.0" or "1.1".
+    form already reduced to them; *version* "1.0" or "1.1". *headers* may be
+    another request's too: copy what you change.
     """
 
     method: str
@@ -34,6 +54,7 @@ class Request:
     keep_alive: bool = True  # what the client asked for
     expect_continue: bool = False
     upgrade: bytes | None = None  # the value of Upgrade, if Connection names it
+    fields: Fields | None = field(default=None, repr=False, compare=False)  # None: not read from a wire
 
     @property
     def has_body(self) -> bool:

@@ -60,30 +60,17 @@ class BodyReader(Protocol):
     is_complete: bool
     trailers: Headers
 
-    def read(self, buffer: bytearray) -> bytes:
-        """Take from the front of *buffer* (which is not empty) what is the body's, return what it says. Raises Refused."""
+    def read(self, data: bytes, at: int) -> tuple[bytes, int]:
+        """What the bytes of *data* from *at* on say of the body, and where in *data* they end to be the body's.
+
+        There is at least one byte. Raises Refused.
+        """
 
 
-def body_reader(request: Request, head: bytes, limits: Limits) -> BodyReader:
-    """The reader of what follows *head*, which said *request*."""
-    if not request.has_body:
-        return NoBody()
+def always_full(request: Request, head: bytes, limits: Limits) -> BodyReader:
+    """The reader of what follows *head*, which said *request*; h11 reads any request, with a body or without."""
     fence: Fence = ChunkedFence(limits) if request.chunked else LengthFence(request.content_length or 0)
     return FullBody(head, fence, limits)
-
-
-class NoBody:
-    """A request that ends with its head: nothing to read, so nobody to read it."""
-
-    __slots__ = ("trailers",)
-
-    is_complete = True
-
-    def __init__(self) -> None:
-        self.trailers: Headers = []
-
-    def read(self, buffer: bytearray) -> bytes:
-        return b""
 
 
 class FullBody:
@@ -100,12 +87,16 @@ class FullBody:
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=held)
         self._h11.receive_data(head)
         self._next_event()
+        if fence.is_complete:
+            self._gather()
 
-    def read(self, buffer: bytearray) -> bytes:
-        size = self._fence.advance(buffer)
-        self._h11.receive_data(bytes(buffer[:size]))
-        del buffer[:size]
-        # All there is in one piece: a peer that sends chunks of one byte costs one event, not thousands.
+    def read(self, data: bytes, at: int) -> tuple[bytes, int]:
+        end = self._fence.advance(data, at)
+        self._h11.receive_data(data[at:end])
+        return self._gather(), end
+
+    def _gather(self) -> bytes:
+        """All there is in one piece: a peer that sends chunks of one byte costs one event, not thousands."""
         pieces: list[bytes] = []
         while isinstance(event := self._next_event(), h11.Data):
             pieces.append(event.data)
@@ -114,7 +105,7 @@ class FullBody:
             self.trailers = list(event.headers)
         if self.is_complete != self._fence.is_complete:
             raise BodyRefused(400, "the body can be read in two ways that end at different bytes")
-        return b"".join(pieces)
+        return b"".join(pieces)  # h11 gives bytearrays
 
     def _next_event(self) -> object:
         try:
@@ -129,8 +120,8 @@ class Fence(Protocol):
     @property
     def is_complete(self) -> bool: ...
 
-    def advance(self, data: bytearray) -> int:
-        """How many of the next bytes, *data*, are the body's. Raises Refused."""
+    def advance(self, data: bytes, at: int) -> int:
+        """Where the body ends in *data*, whose bytes from *at* on come next. Raises Refused."""
 
 
 class LengthFence:
@@ -145,10 +136,10 @@ class LengthFence:
     def is_complete(self) -> bool:
         return self._left == 0
 
-    def advance(self, data: bytearray) -> int:
-        size = min(self._left, len(data))
+    def advance(self, data: bytes, at: int) -> int:
+        size = min(self._left, len(data) - at)
         self._left -= size
-        return size
+        return at + size
 
 
 class Line(Enum):
@@ -185,8 +176,7 @@ class ChunkedFence:
         self._trailers = 0
         self._trailer_size = 0  # bytes
 
-    def advance(self, data: bytearray) -> int:
-        at = 0
+    def advance(self, data: bytes, at: int) -> int:
         while at < len(data) and not self.is_complete:
             if self._left:
                 size = min(self._left, len(data) - at)
@@ -196,7 +186,7 @@ class ChunkedFence:
                 at = self._advance_line(data, at)
         return at
 
-    def _advance_line(self, data: bytearray, at: int) -> int:
+    def _advance_line(self, data: bytes, at: int) -> int:
         end = data.find(b"\n", at) + 1 or len(data)
         self._line += data[at:end]
         self._check_room()

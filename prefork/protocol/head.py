@@ -7,7 +7,7 @@ where a message ends.
 
 What is refused, with its status:
 
-    501  CONNECT; a transfer coding other than chunked
+    501  CONNECT; a transfer coding other than chunked, before it
     505  a version other than 1.0 and 1.1
     417  an expectation other than 100-continue
     414  a target above its limit
@@ -26,16 +26,25 @@ What is refused, with its status:
                      Transfer-Encoding repeated, with Content-Length, in 1.0,
                      or with chunked twice or not last
          Expect      repeated
+
+Header lines repeat: nearly every line a server sees, it has seen before. So a parser
+remembers what it accepted, in four sizes: whole heads, request lines, blocks of all
+field lines, and single field lines. A head seen before costs one look-up; one with a
+new target two more; one with a new field line one for each of its other lines.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv6Address
 from re import Pattern
 
 from prefork.errors import PreforkError
-from prefork.protocol.events import Headers, Request
+from prefork.protocol.events import Fields, Headers, Request
 from prefork.protocol.limits import Limits
+from prefork.protocol.memory import Memory
 
 # The largest length a signed 64-bit offset holds: what peers in C can count to.
 MAX_LENGTH = 2**63 - 1  # bytes
@@ -56,11 +65,13 @@ _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
 
 # uri-host [":" port] of RFC 9110 section 7.2, without the sub-delims that RFC 3986 lets a
 # name have: no host has them, and a comma there is what two merged Host lines look like.
-_HOST = re.compile(rb"(?:[\-._~%0-9A-Za-z]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_HOST = re.compile(rb"(?:(?:[\-._~0-9A-Za-z]|%[0-9A-Fa-f]{2})+|\[([0-9A-Fa-f:.]+)\])(?::[0-9]{0,5})?")
 
 _SINGLE = frozenset({b"host", b"content-length", b"transfer-encoding", b"expect"})
 _LISTS = frozenset({b"connection", b"upgrade"})
 _CONFUSED = frozenset({b"content_length", b"transfer_encoding"})
+_PLAIN = {b"host", b"connection"}
+_PLAIN_CONNECTIONS = ((), (b"keep-alive",))
 _DECISIVE = _SINGLE | _LISTS | _CONFUSED
 
 
@@ -77,35 +88,72 @@ class HeadRefused(Refused):
     """What was broken stands in a head or a trailer section."""
 
 
-def parse_head(head: bytes, limits: Limits) -> Request:
-    """The request of *head*: all bytes of it, from the method to the empty line. Raises HeadRefused."""
-    if len(head) > limits.head_size:
-        raise too_large(head, limits)
-    lines = head[:-4].split(b"\r\n")
-    method, target, version = _parse_request_line(lines[0], limits)
-    if len(lines) - 1 > limits.field_count:
-        raise HeadRefused(431, f"{len(lines) - 1} fields in the head, {limits.field_count} are allowed")
-    headers = [parse_field(line) for line in lines[1:]]
-    decisive = _pick_decisive(headers)
+@dataclass(slots=True, eq=False)
+class RequestLine:
+    """A checked request line, which says no more than itself: limits and Host are for `parse_head`."""
 
-    path, query = _split_target(method, target, _check_host(decisive.get(b"host"), version))
-    chunked = _is_chunked(decisive, version)
-    length = _parse_length(decisive.get(b"content-length"), limits)
-    connection = _members(decisive.get(b"connection", b""))
-    return Request(
-        method,
-        target,
-        path,
-        query,
-        version,
-        headers,
-        length,
-        chunked,
-        # RFC 9112 section 9.3: close wins; 1.0 has to ask.
-        b"close" not in connection and (version == "1.1" or b"keep-alive" in connection),
-        _expects_continue(decisive.get(b"expect"), version) and (chunked or bool(length)),
-        decisive.get(b"upgrade") if version == "1.1" and b"upgrade" in connection else None,
-    )
+    method: str
+    target: bytes
+    path: bytes
+    query: bytes
+    version: str
+    authority: bytes | None  # of an absolute form
+    is_plain: bool  # a path, in HTTP/1.1
+
+
+class HeadParser:
+    """Parses heads within *limits*, and remembers what it accepted."""
+
+    __slots__ = ("_blocks", "_field_lines", "_heads", "_limits", "_request_lines")
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._heads: Memory[bytes, Request] = Memory()
+        self._request_lines: Memory[bytes, RequestLine] = Memory()
+        self._blocks: Memory[bytes, Fields] = Memory()
+        self._field_lines: Memory[bytes, tuple[bytes, bytes]] = Memory()
+
+    def parse(self, head: bytes) -> Request:
+        """The request of *head*: all bytes of it, from the method to the empty line. Raises HeadRefused."""
+        return self._heads.get(head) or self._learn_head(head)
+
+    def _learn_head(self, head: bytes) -> Request:
+        if len(head) > self._limits.head_size:
+            raise too_large(head, self._limits)
+        end = head.find(b"\r\n")
+        raw_line, block = head[:end], head[end + 2 : -2]
+        line = self._request_lines.get(raw_line) or self._learn_request_line(raw_line)
+        fields = self._blocks.get(block) or self._learn_block(block)
+        if line.is_plain and fields.is_plain:
+            request = Request(line.method, line.target, line.path, line.query, "1.1", fields.headers, fields=fields)
+        else:
+            request = _combine(line, fields, self._limits)
+        return self._heads.remember(head, request, len(head))
+
+    def _learn_request_line(self, line: bytes) -> RequestLine:
+        return self._request_lines.remember(line, _parse_request_line(line, self._limits), len(line))
+
+    def _learn_block(self, block: bytes) -> Fields:
+        lines = block[:-2].split(b"\r\n") if block else []
+        if len(lines) > self._limits.field_count:
+            raise HeadRefused(431, f"{len(lines)} fields in the head, {self._limits.field_count} are allowed")
+        recall = self._field_lines.get
+        headers = [recall(line) or self._learn_field_line(line) for line in lines]
+        return self._blocks.remember(block, _weigh(headers), len(block))
+
+    def _learn_field_line(self, line: bytes) -> tuple[bytes, bytes]:
+        return self._field_lines.remember(line, parse_field(line), len(line))
+
+
+@lru_cache(maxsize=16)
+def head_parser(limits: Limits) -> HeadParser:
+    """The one parser for *limits*: what one connection has sent, another one sends."""
+    return HeadParser(limits)
+
+
+def parse_head(head: bytes, limits: Limits) -> Request:
+    """As `HeadParser.parse`, without a memory."""
+    return HeadParser(limits).parse(head)
 
 
 def parse_field(line: bytes) -> tuple[bytes, bytes]:
@@ -129,16 +177,69 @@ def shown(value: bytes) -> str:
     return repr(value if len(value) <= SHOWN else value[:SHOWN] + b"...")[1:]
 
 
-def _parse_request_line(line: bytes, limits: Limits) -> tuple[str, bytes, str]:
+def _parse_request_line(line: bytes, limits: Limits) -> RequestLine:
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         raise _request_line_fault(line, limits)
-    method, target, minor = match.groups()
+    raw_method, target, minor = match.groups()
     if len(target) > limits.target_size:
         raise HeadRefused(414, f"the target has {len(target)} bytes, {limits.target_size} are allowed")
-    if method == b"CONNECT":
+    if raw_method == b"CONNECT":
         raise HeadRefused(501, "CONNECT asks for a tunnel, and this server is no proxy")
-    return method.decode("ascii"), target, "1.1" if minor == b"1" else "1.0"
+    method = raw_method.decode("ascii")
+    authority, path, query = _split_target(method, target)
+    version = "1.1" if minor == b"1" else "1.0"
+    is_plain = minor == b"1" and authority is None
+    return RequestLine(method, target, path, query, version, authority, is_plain)
+
+
+def _weigh(headers: Headers) -> Fields:
+    """*headers* with what they decide, as far as that does not depend on the request line."""
+    decisive = _pick_decisive(headers)
+    host = decisive.get(b"host")
+    if host is not None and not _is_host(host):
+        raise HeadRefused(400, f"the Host {shown(host)} is not host or host:port")
+    connection = tuple(_members(decisive[b"connection"])) if b"connection" in decisive else ()
+    return Fields(
+        headers,
+        host,
+        _parse_length(decisive.get(b"content-length")),
+        decisive.get(b"transfer-encoding"),
+        connection,
+        decisive.get(b"expect"),
+        decisive.get(b"upgrade"),
+        is_plain=host is not None and decisive.keys() <= _PLAIN and connection in _PLAIN_CONNECTIONS,
+    )
+
+
+def _combine(line: RequestLine, fields: Fields, limits: Limits) -> Request:
+    """What line and fields say together."""
+    version, host, length, headers = line.version, fields.host, fields.content_length, fields.headers
+    if host is None and version == "1.1":
+        raise HeadRefused(400, "HTTP/1.1 needs a Host field and there is none")
+    if host is None and line.authority is not None:  # HTTP/1.0 to an absolute target: section 3.2.2
+        headers = [(b"host", line.authority), *headers]
+    # The RFC lets the authority win over Host. Whoever routed by the other one would be deceived.
+    elif line.authority is not None and host is not None and host.lower() != line.authority.lower():
+        raise HeadRefused(400, f"the target names {shown(line.authority)} and the Host field {shown(host)}")
+    chunked = _is_chunked(fields, version)
+    if length is not None and 0 < limits.body_size < length:
+        raise HeadRefused(413, f"the body has {length} bytes, {limits.body_size} are allowed")
+    return Request(
+        line.method,
+        line.target,
+        line.path,
+        line.query,
+        version,
+        headers,
+        length,
+        chunked,
+        # RFC 9112 section 9.3: close wins; 1.0 has to ask.
+        b"close" not in fields.connection and (version == "1.1" or b"keep-alive" in fields.connection),
+        _expects_continue(fields.expect, version) and (chunked or bool(length)),
+        fields.upgrade if version == "1.1" and b"upgrade" in fields.connection else None,
+        fields,
+    )
 
 
 def _pick_decisive(headers: Headers) -> dict[bytes, bytes]:
@@ -158,60 +259,65 @@ def _pick_decisive(headers: Headers) -> dict[bytes, bytes]:
     return found
 
 
-def _check_host(host: bytes | None, version: str) -> bytes | None:
-    """RFC 9112 section 3.2: missing (in 1.1), repeated or invalid is a 400."""
-    if host is None:
-        if version == "1.1":
-            raise HeadRefused(400, "HTTP/1.1 needs a Host field and there is none")
-        return None
-    if not _HOST.fullmatch(host):
-        raise HeadRefused(400, f"the Host {shown(host)} is not host or host:port")
-    return host
-
-
-def _split_target(method: str, target: bytes, host: bytes | None) -> tuple[bytes, bytes]:
-    """Path and query of the four forms of RFC 9112 section 3.2."""
+def _split_target(method: str, target: bytes) -> tuple[bytes | None, bytes, bytes]:
+    """Authority, path and query of the four forms of RFC 9112 section 3.2."""
+    authority = None
     if target == b"*":
         if method != "OPTIONS":
             raise HeadRefused(400, f"the target '*' is for OPTIONS, not for {method}")
-        return b"*", b""
+        return None, b"*", b""
     if not target.startswith(b"/"):
-        target = _strip_authority(target, host)
+        authority, target = _strip_authority(target)
     path, _, query = target.partition(b"?")
-    return path, query
+    return authority, path, query
 
 
-def _strip_authority(target: bytes, host: bytes | None) -> bytes:
+def _strip_authority(target: bytes) -> tuple[bytes, bytes]:
     match = _ABSOLUTE.fullmatch(target)
     if match is None:
         raise HeadRefused(400, f"the target {shown(target)} is neither a path nor an http or https URL")
     authority, rest = match.groups()
-    if not _HOST.fullmatch(authority):
+    if not _is_host(authority):
         raise HeadRefused(400, f"the target's authority {shown(authority)} is not host or host:port")
-    # The RFC lets the authority win over Host. Whoever routed by the other one would be deceived.
-    if host is not None and host.lower() != authority.lower():
-        raise HeadRefused(400, f"the target names {shown(authority)} and the Host field {shown(host)}")
-    return rest if rest.startswith(b"/") else b"/" + rest
+    return authority, rest if rest.startswith(b"/") else b"/" + rest
 
 
-def _is_chunked(decisive: dict[bytes, bytes], version: str) -> bool:
+def _is_host(value: bytes) -> bool:
+    match = _HOST.fullmatch(value)
+    return match is not None and (match[1] is None or _is_ipv6(match[1].decode("ascii")))
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_chunked(fields: Fields, version: str) -> bool:
     """RFC 9112 sections 6.1 and 6.3, with every leniency that they offer refused."""
-    value = decisive.get(b"transfer-encoding")
+    value = fields.transfer_encoding
     if value is None:
         return False
     if version == "1.0":
         raise HeadRefused(400, "HTTP/1.0 has no Transfer-Encoding")
-    if b"content-length" in decisive:
+    if fields.content_length is not None:
         raise HeadRefused(400, "Transfer-Encoding and Content-Length exclude each other")
     codings = _members(value)
     if codings == [b"chunked"]:
         return True
-    if b"chunked" in codings[:-1] or not all(re.fullmatch(TOKEN, coding) for coding in codings):
+    # Without chunked at its end the length of a request cannot be known (RFC 9112 section 6.3, rule 4).
+    if (
+        codings.count(b"chunked") != 1
+        or codings[-1] != b"chunked"
+        or not all(re.fullmatch(TOKEN, coding) for coding in codings)
+    ):
         raise HeadRefused(400, f"the Transfer-Encoding {shown(value)} must be chunked, once and last")
     raise HeadRefused(501, f"the Transfer-Encoding {shown(value)} is not implemented, only chunked is")
 
 
-def _parse_length(value: bytes | None, limits: Limits) -> int | None:
+def _parse_length(value: bytes | None) -> int | None:
     if value is None:
         return None
     if not _DIGITS.fullmatch(value):
@@ -219,8 +325,6 @@ def _parse_length(value: bytes | None, limits: Limits) -> int | None:
     # The digits are counted first: int() of a long text is quadratic.
     if len(value) > MAX_LENGTH_DIGITS or (length := int(value)) > MAX_LENGTH:
         raise HeadRefused(400, f"the Content-Length {shown(value)} is above {MAX_LENGTH}")
-    if 0 < limits.body_size < length:
-        raise HeadRefused(413, f"the body has {length} bytes, {limits.body_size} are allowed")
     return length
 
 

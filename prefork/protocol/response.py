@@ -11,25 +11,35 @@ writer knows how many bytes may follow and how they look on the wire.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from http import HTTPStatus
 from typing import Protocol
 
 from prefork.errors import ResponseError
 from prefork.protocol.head import MAX_LENGTH_DIGITS, TOKEN, shown
+from prefork.protocol.memory import Memory
 
 _NAME = re.compile(TOKEN)
 _VALUE = re.compile(rb"[\t -~\x80-\xff]*")
 _LENGTH = re.compile(rb"[0-9]{1,%d}" % MAX_LENGTH_DIGITS)
 
-_STATUS_LINES = {s.value: b"HTTP/1.1 %d %b\r\n" % (s.value, s.phrase.encode("ascii")) for s in HTTPStatus}
+_LINES = {s.value: b"HTTP/1.1 %d %b\r\n" % (s.value, s.phrase.encode("ascii")) for s in HTTPStatus}
+_STATUS_LINES = {status: line for status, line in _LINES.items() if status >= 200}
+_INTERIM_LINES = {status: line for status, line in _LINES.items() if status > 101}
 
 # Fields about this connection, which is ours (RFC 9110 section 7.6.1).
 _DROPPED = frozenset({b"transfer-encoding", b"keep-alive", b"proxy-connection"})
-_SPECIAL = _DROPPED | {b"connection", b"content-length", b"date", b"server"}
+_SPECIAL = _DROPPED | {b"connection", b"content-length", b"date", b"server", b"upgrade"}
+
+_BODILESS = frozenset({204, 205, 304})
+_CHUNKED = b"transfer-encoding: chunked\r\n"
+_CLOSE = b"connection: close\r\n"
+_UPGRADE = b"connection: upgrade\r\n"
+_KEEP_ALIVE = b"connection: keep-alive\r\n"
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+Field = tuple[bytes, bytes]
 
 
 class BodyWriter(Protocol):
@@ -38,82 +48,53 @@ class BodyWriter(Protocol):
     def write(self, data: bytes, more: bool) -> bytes:
         """*data* as it goes on the wire; *more* false completes it. Raises ResponseError."""
 
-
-@dataclass(slots=True)
-class Answer:
-    """How one response goes out: its head, the writer of its body, and whether another may follow."""
-
-    head: bytes
-    writer: BodyWriter
-    keep_alive: bool
+    def frame(self, size: int) -> tuple[bytes, bytes] | None:
+        """What goes before and after *size* bytes, more than none, that are sent by others; None: they are not to be sent."""
 
 
-def answer(
-    status: int,
-    headers: Iterable[tuple[bytes, bytes]],
-    *,
-    whole: int | None,
-    method: str,
-    version: str,
-    keep_alive: bool,
-    date: bytes,
-    server: bytes,
-) -> Answer:
-    """The answer to a request of *method* and *version*.
+class FieldLines:
+    """An application's fields, checked: as lines, and what they say that is ours to decide.
 
-    *whole* is the size of the body if all of it is known now. *keep_alive* says
-    whether the connection may live on; *date* and *server* are added where the
-    application gave none, unless empty. Raises ResponseError.
+    Responses repeat, so those with equal fields share one: nobody writes to it.
+    Iterating gives the fields as the application had them.
     """
-    if not 200 <= status <= 999:
-        raise ResponseError(f"status {status} is not a final status, 200 to 999 are")
-    fields = _Fields(headers)
-    framing, writer = _frame(status, fields.length, whole, method, version)
-    keep_alive = keep_alive and not fields.close and not isinstance(writer, UntilClose)
 
-    lines = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, *fields.lines, framing]
-    if not keep_alive:
-        lines.append(b"connection: close\r\n")
-    elif version == "1.0":
-        lines.append(b"connection: keep-alive\r\n")
-    if date and not fields.has_date:
-        lines.append(b"date: %b\r\n" % date)
-    if server and not fields.has_server:
-        lines.append(b"server: %b\r\n" % server)
-    lines.append(b"\r\n")
-    return Answer(b"".join(lines), writer, keep_alive)
+    __slots__ = ("close", "fields", "has_date", "has_server", "length", "lines", "upgrade")
 
-
-class _Fields:
-    """An application's fields, checked; what is ours to decide is taken out of the lines."""
-
-    __slots__ = ("close", "has_date", "has_server", "length", "lines")
-
-    def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        self.lines: list[bytes] = []
+    def __init__(self, fields: tuple[Field, ...]) -> None:
+        self.fields = fields
         self.length: int | None = None
-        self.close = False
-        self.has_date = False
-        self.has_server = False
-        for name, value in headers:
-            _check(name, value)
-            special = name.lower()
-            if special not in _SPECIAL or not self._is_ours(special, value):
-                self.lines.append(b"%b: %b\r\n" % (name, value))
+        self.close = self.has_date = self.has_server = self.upgrade = False
+        self.lines = b"".join([_lines.get(field) or self._take(field) for field in fields])
 
-    def _is_ours(self, name: bytes, value: bytes) -> bool:
-        """Remember what a special field says. True if its line is not to be copied."""
+    def __iter__(self) -> Iterator[Field]:
+        return iter(self.fields)
+
+    def _take(self, field: Field) -> bytes:
+        """The line of a field not remembered, b"" if it is not to be copied."""
+        name, value = _as_pair(field)
+        name = name.lower()
+        line = b"%b: %b\r\n" % (name, value)
+        if name not in _SPECIAL:
+            return _lines.remember(field, line, len(line))
+        return line if self._is_copied(name, value) else b""
+
+    def _is_copied(self, name: bytes, value: bytes) -> bool:
+        """Remember what a special field says."""
         if name == b"content-length":
             self._take_length(value)
         elif name == b"connection":
             self.close |= b"close" in [option.strip(b" \t") for option in value.lower().split(b",")]
         elif name == b"date":
             self.has_date = True
-            return False
+            return True
         elif name == b"server":
             self.has_server = True
-            return False
-        return True
+            return True
+        elif name == b"upgrade":
+            self.upgrade = True
+            return True
+        return False
 
     def _take_length(self, value: bytes) -> None:
         if self.length is not None:
@@ -121,6 +102,96 @@ class _Fields:
         if not _LENGTH.fullmatch(value.strip(b" \t")):
             raise ResponseError(f"content-length {shown(value)} is not a decimal number of bytes")
         self.length = int(value)
+
+
+_lines: Memory[Field, bytes] = Memory()
+_field_lines: Memory[tuple[Field, ...], FieldLines] = Memory()
+
+
+def field_lines(headers: Iterable[Field]) -> FieldLines:
+    """*headers*, pairs of bytes, as lines. Raises ResponseError for what is no field."""
+    if type(headers) is FieldLines:
+        return headers
+    fields = tuple(headers)
+    try:
+        known = _field_lines.get(fields)
+    except TypeError:  # pairs that are lists, or parts that are no bytes
+        fields = tuple(map(_as_pair, fields))
+        known = None
+    if known is None:
+        known = FieldLines(fields)
+        _field_lines.remember(fields, known, len(known.lines))
+    return known
+
+
+def answer(
+    status: int,
+    headers: Iterable[Field],
+    *,
+    whole: int | None,
+    method: str,
+    version: str,
+    keep_alive: bool,
+    date: bytes,
+    server: bytes,
+) -> tuple[list[bytes], BodyWriter, bool]:
+    """How to answer a request of *method* and *version*: the head's parts, its body's writer, and whether another may follow.
+
+    *whole* is the size of the body if all of it is known now. *keep_alive* says
+    whether the connection may live on; *date* and *server* are lines to add where the
+    application gave none, or empty. Raises ResponseError.
+    """
+    fields = headers if type(headers) is FieldLines else field_lines(headers)
+    head = [_STATUS_LINES.get(status) or _status_line(status), fields.lines]
+    length = whole if fields.length is None else fields.length
+    writer: BodyWriter
+    if status in _BODILESS or method == "HEAD":
+        head.append(_announce(status, fields.length, whole))
+        writer = BODILESS
+    elif length is not None:
+        head.append(_length_lines.get(length) or _length_line(length))
+        writer = WHOLE if length == whole else Counted(length)
+    elif version == "1.1":
+        head.append(_CHUNKED)
+        writer = CHUNKED
+    else:
+        writer, keep_alive = WHOLE, False  # the connection's end is the body's
+
+    if fields.upgrade:  # whoever sends the one must send the other (RFC 9110 section 7.8)
+        head.append(_UPGRADE)
+    if not keep_alive or fields.close:
+        keep_alive = False
+        head.append(_CLOSE)
+    elif version == "1.0":
+        head.append(_KEEP_ALIVE)
+    if not fields.has_date:
+        head.append(date)
+    if not fields.has_server:
+        head.append(server)
+    head.append(b"\r\n")
+    return head, writer, keep_alive
+
+
+def interim(status: int, headers: Iterable[Field]) -> bytes:
+    """An informational response (RFC 9110 section 15.2), such as 103 with its links. Raises ResponseError."""
+    if not 102 <= status <= 199:
+        raise ResponseError(f"status {status} is not an interim status, 102 to 199 are")
+    line = _INTERIM_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+    return line + field_lines(headers).lines + b"\r\n"
+
+
+def last_chunk(trailers: Iterable[Field]) -> bytes:
+    """The end of a chunked body, with fields behind it (RFC 9112 section 7.1.2). Raises ResponseError."""
+    return b"0\r\n" + field_lines(trailers).lines + b"\r\n"
+
+
+def _as_pair(field: Iterable[bytes]) -> Field:
+    try:
+        name, value = field
+    except (TypeError, ValueError):
+        raise ResponseError(f"a field is a pair of bytes, not {field!r}") from None
+    _check(name, value)
+    return name, value
 
 
 def _check(name: bytes, value: bytes) -> None:
@@ -133,21 +204,30 @@ def _check(name: bytes, value: bytes) -> None:
         raise ResponseError(f"the value of the field {shown(name)} holds a line end or a control byte")
 
 
-def _frame(status: int, length: int | None, whole: int | None, method: str, version: str) -> tuple[bytes, BodyWriter]:
-    """The framing line and the writer, after RFC 9112 section 6.3."""
+_length_lines: Memory[int, bytes] = Memory()
+
+
+def _length_line(length: int) -> bytes:
+    line = b"content-length: %d\r\n" % length
+    return _length_lines.remember(length, line, len(line))
+
+
+def _status_line(status: int) -> bytes:
+    if not 200 <= status <= 999:
+        raise ResponseError(f"status {status} is not a final status, 200 to 999 are")
+    return b"HTTP/1.1 %d \r\n" % status
+
+
+def _announce(status: int, length: int | None, whole: int | None) -> bytes:
+    """The length of a body that is not sent: what GET would have said, if we know it (RFC 9112 section 6.3)."""
     if status == 204:
         # RFC 9110 section 8.6: "MUST NOT send a Content-Length header field in any response with 204".
-        return b"", Bodiless()
-    if status == 304 or method == "HEAD":
-        # What GET would have said, if we know it. An empty body says nothing of that.
-        announced = length if length is not None else (whole if status != 304 else None) or None
-        return b"" if announced is None else b"content-length: %d\r\n" % announced, Bodiless()
-    known = length if length is not None else whole
-    if known is not None:
-        return b"content-length: %d\r\n" % known, Counted(known)
-    if version == "1.1":
-        return b"transfer-encoding: chunked\r\n", Chunked()
-    return b"", UntilClose()
+        return b""
+    if status == 205:  # section 15.3.6: no content either, but said like this
+        return _length_line(0)
+    # An empty body says nothing of what GET would have had.
+    announced = length if length is not None else (whole if status != 304 else None) or None
+    return b"" if announced is None else _length_line(announced)
 
 
 class Bodiless:
@@ -157,6 +237,21 @@ class Bodiless:
 
     def write(self, data: bytes, more: bool) -> bytes:
         return b""
+
+    def frame(self, size: int) -> tuple[bytes, bytes] | None:
+        return None
+
+
+class Whole:
+    """The body as it is: its size was known with the head, or the connection's end is its own."""
+
+    __slots__ = ()
+
+    def write(self, data: bytes, more: bool) -> bytes:
+        return data
+
+    def frame(self, size: int) -> tuple[bytes, bytes] | None:
+        return b"", b""
 
 
 class Counted:
@@ -169,7 +264,16 @@ class Counted:
         self._left = length
 
     def write(self, data: bytes, more: bool) -> bytes:
-        left = self._left - len(data)
+        self.count(len(data), more)
+        return data
+
+    def frame(self, size: int) -> tuple[bytes, bytes] | None:
+        self.count(size, True)
+        return b"", b""
+
+    def count(self, size: int, more: bool) -> None:
+        """*size* bytes go on the wire; *more* false completes the body. Raises ResponseError."""
+        left = self._left - size
         if left < 0:
             raise ResponseError(
                 f"the body is longer than its content-length of {self._length} by {-left} bytes or more"
@@ -177,7 +281,6 @@ class Counted:
         if left and not more:
             raise ResponseError(f"the body is shorter than its content-length of {self._length} by {left} bytes")
         self._left = left
-        return data
 
 
 class Chunked:
@@ -186,15 +289,14 @@ class Chunked:
     __slots__ = ()
 
     def write(self, data: bytes, more: bool) -> bytes:
-        # An empty piece would read as the last one.
-        chunk = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-        return chunk if more else chunk + b"0\r\n\r\n"
+        if not data:  # an empty piece would read as the last one
+            return b"" if more else b"0\r\n\r\n"
+        return (b"%x\r\n%b\r\n" if more else b"%x\r\n%b\r\n0\r\n\r\n") % (len(data), data)
+
+    def frame(self, size: int) -> tuple[bytes, bytes] | None:
+        return b"%x\r\n" % size, b"\r\n"
 
 
-class UntilClose:
-    """To a 1.0 client, of unknown length: the connection's end is the body's."""
-
-    __slots__ = ()
-
-    def write(self, data: bytes, more: bool) -> bytes:
-        return data
+BODILESS = Bodiless()
+WHOLE = Whole()
+CHUNKED = Chunked()

@@ -6,7 +6,7 @@ both directions: while a response is unfinished, or not taken, the next pipeline
 request stays in the buffer; an application that reads slowly stops the socket, and a
 client that reads slowly stops the application.
 
-Errors leave by one door, `_run` for applications and `_refuse` for peers. What is
+Errors leave by one door, `_conclude` for applications and `_refuse` for peers. What is
 waited for, and how long, is decided in one place, `_rearm`.
 """
 
@@ -14,14 +14,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import cast
+from collections.abc import Coroutine, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from prefork.errors import ClientDisconnected
 from prefork.gateway.exchange import Exchange
 from prefork.protocol.connection import Connection
-from prefork.protocol.events import NEED_DATA, PAUSED, Closed, Data, EndOfMessage, Headers, Refusal, Request
+from prefork.protocol.events import NEED_DATA, PAUSED, Closed, Data, EndOfMessage, Refusal, Request
+from prefork.protocol.response import Field, FieldLines
+from prefork.protocol.websocket import asks_for_websocket
+from prefork.scoreboard import BEGUN, REQUESTS
 from prefork.worker.deadlines import IDLE, LINGER, LINGER_WHILE_SENDING, NEVER, Awaited
+from prefork.worker.sendfile import Transfer
 from prefork.worker.service import Service, endpoint, local_endpoint
+from prefork.worker.websocket import upgrade
+
+if TYPE_CHECKING:
+    from prefork.net.proxy import ProxyHeader
 
 log = logging.getLogger("prefork")
 
@@ -33,25 +43,66 @@ PIPELINE_LIMIT = 64 * 1024
 # more than this many bytes: cheaper than a new connection. Beyond it the connection is closed.
 DISCARD_LIMIT = 256 * 1024
 
+# Small pieces of a response's body are written together when so many bytes have come.
+GATHERED = 16 * 1024
+
+SLASH = ord("/")
+
 
 class HTTPConnection(asyncio.Protocol):
     """Made by the server for each accepted connection; lives as long as its transport."""
 
-    def __init__(self, service: Service) -> None:
+    __slots__ = (
+        "__weakref__",
+        "_awaited",
+        "_client",
+        "_discarded",
+        "_drained",
+        "_exchange",
+        "_gathered",
+        "_gathered_size",
+        "_has_eof",
+        "_has_served",
+        "_http",
+        "_is_advancing",
+        "_is_body_paused",
+        "_is_lingering",
+        "_is_lost",
+        "_is_reading",
+        "_is_trusted",
+        "_linger_end",
+        "_origin",
+        "_scheme",
+        "_sent",
+        "_server",
+        "_service",
+        "_started_at",
+        "_tls",
+        "_transfer",
+        "_transport",
+        "_unwritten",
+        "deadline",
+    )
+
+    def __init__(self, service: Service, origin: ProxyHeader | None = None) -> None:
+        """*origin*: what a proxy said of the connection before its first byte."""
         self.deadline = NEVER  # on the loop's clock; see `Sweep`
         self._awaited = Awaited.APPLICATION
         self._service = service
         self._http = Connection(service.limits, server=service.server_header)
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
+        self._origin = origin
         self._client: tuple[str, int] | None = None
         self._server: tuple[str, int | None] | None = None
         self._scheme = "http"
+        self._tls: dict[str, Any] | None = None
         self._exchange: Exchange | None = None  # the one whose response is unfinished
         self._started_at = 0.0  # when its head was complete
         self._sent = 0  # bytes of its response's body
         self._discarded = 0  # bytes of body that nobody wanted
         self._is_advancing = False
         self._is_reading = True
+        self._is_trusted = False  # what the client says of those it forwards for is believed
         self._is_body_paused = False  # the application is behind
         self._is_lingering = False  # all is said; reading only until the peer closes
         self._linger_end = 0.0
@@ -59,6 +110,9 @@ class HTTPConnection(asyncio.Protocol):
         self._has_served = False
         self._is_lost = False
         self._drained: asyncio.Future[None] | None = None  # set while the client is behind
+        self._transfer: Transfer | None = None  # of a file, by sendfile
+        self._gathered: list[bytes] = []  # small pieces of body that leave together, at the end of the loop's turn
+        self._gathered_size = 0  # bytes
         self._unwritten = 0  # the transport's buffer when the write deadline was last set
 
     # ---- the transport's callbacks ----
@@ -68,20 +122,27 @@ class HTTPConnection(asyncio.Protocol):
         get = transport.get_extra_info
         self._client = endpoint(get("peername"))
         self._server = local_endpoint(get("sockname"))
-        self._scheme = "http" if get("sslcontext") is None else "https"
+        if get("sslcontext") is not None:
+            self._scheme = "https"
+        origin = self._origin
+        if origin is not None and not origin.is_local:
+            self._client, self._server = origin.client, origin.server or self._server
+        self._is_trusted = self._service.forwarding.trusts(self._client, origin)
         self._service.connections.add(self)
         self._service.slot.opened += 1
         self._rearm()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = True
+        if self._transfer is not None:
+            self._transfer.stop()
         self._rearm()
         self._service.leave(self)
         self._service.slot.closed += 1
         self._release_writers()
         if self._exchange is not None:
             # 499 is nginx's number for a client that left before its answer.
-            self._log_access(self._exchange.request, self._exchange.status or 499)
+            self._log_access(self._exchange, self._exchange.status or 499)
             self._leave_exchange().disconnect()
 
     def data_received(self, data: bytes) -> None:
@@ -89,7 +150,13 @@ class HTTPConnection(asyncio.Protocol):
             if self._awaited is Awaited.CLOSE and not self._service.is_draining:
                 self.deadline = min(self._service.loop.time() + LINGER, self._linger_end)
             return
-        self._http.receive_data(data)
+        if self._drained is None:
+            whole = self._http.receive_request(data)
+            if whole is not None:
+                self._serve(*whole)
+                return
+        else:
+            self._http.receive_data(data)
         self._advance()
 
     def eof_received(self) -> bool:
@@ -154,16 +221,51 @@ class HTTPConnection(asyncio.Protocol):
                 if self._exchange is None:
                     self._transport.close()
 
-    def _begin(self, request: Request) -> None:
-        service = self._service
-        exchange = Exchange(request, self, client=self._client, server=self._server, scheme=self._scheme)
-        self._exchange = exchange
+    def _serve(self, request: Request, body: bytes) -> None:
+        """The ordinary request: it is whole and nothing is behind it. Most are answered before this returns."""
+        self._is_advancing = True
+        self._begin(request, body)
+        self._is_advancing = False
+        if self._exchange is None and self._http.is_idle and self._drained is None:
+            # What `_rearm` would find, without looking.
+            self._awaited = Awaited.NEXT_REQUEST
+            self.deadline = self._service.loop.time() + self._service.timeouts.keep_alive
+        elif self._exchange is None or self._drained is not None:
+            self._rearm()
+
+    def _begin(self, request: Request, body: bytes = b"") -> None:
+        service, client, scheme = self._service, self._client, self._scheme
+        if self._is_trusted:
+            client, scheme = service.forwarding.apply(client, scheme, request.headers, request.fields)
+        if request.target[0] != SLASH and scheme != "https" and request.target[:6].lower() == b"https:":
+            # RFC 9110 section 7.4. Whoever believed the target would take this connection for an encrypted one.
+            self._refuse(Refusal(421, "the target is an https URL, and this connection is not encrypted"))
+            return
+        self._exchange = exchange = Exchange(request, self, client, self._server, scheme)
+        if body:
+            exchange.feed_whole(body)
         self._has_served = True
-        self._awaited, self.deadline = Awaited.APPLICATION, NEVER
-        self._started_at = service.loop.time()
         self._sent = self._discarded = 0
-        service.slot.in_flight += 1
-        service.run(self._run(exchange))
+        service.slot.whole[BEGUN] += 1
+        if service.access_log is not None:
+            self._started_at = service.loop.time()
+        self._awaited, self.deadline = Awaited.APPLICATION, NEVER
+        try:
+            coroutine = (
+                service.gateway.begin(exchange) if request.upgrade is None else self._begin_upgrade(exchange, request)
+            )
+        except BaseException as error:  # noqa: BLE001  # the door for applications
+            self._conclude(exchange, error)
+            return
+        if coroutine is not None:
+            self.go_on(exchange, coroutine)
+
+    def _begin_upgrade(self, exchange: Exchange, request: Request) -> Coroutine[object, object, None] | None:
+        """A protocol that is not spoken here is not changed to: RFC 9110, section 7.8, lets a server ignore Upgrade."""
+        websockets = self._service.websockets
+        if websockets is None or not asks_for_websocket(request):
+            return self._service.gateway.begin(exchange)
+        return upgrade(self, exchange, self._service, websockets)
 
     def _take_body(self, data: bytes) -> None:
         if self._exchange is not None:
@@ -189,24 +291,33 @@ class HTTPConnection(asyncio.Protocol):
 
     # ---- the door for applications ----
 
-    async def _run(self, exchange: Exchange) -> None:
-        """Run the application on *exchange*; whatever it raises ends here."""
-        try:
-            await self._service.gateway(exchange)
-        except asyncio.CancelledError:
+    def _end(self, exchange: Exchange, task: asyncio.Task[None]) -> None:
+        self._service.forget(task)
+        self._conclude(exchange, asyncio.CancelledError() if task.cancelled() else task.exception())
+
+    def _conclude(self, exchange: Exchange, error: BaseException | None) -> None:
+        """The application has returned, or raised *error*: whatever that is ends here."""
+        if isinstance(error, ClientDisconnected):
+            log.debug("%s was left by its client", _describe(exchange))
+        elif isinstance(error, asyncio.CancelledError):
             # The worker's drain is over, or the application cancelled itself.
             log.warning("%s was cancelled", _describe(exchange))
             exchange.fail()
-            raise
-        except ClientDisconnected:
-            log.debug("%s was left by its client", _describe(exchange))
-        except BaseException:  # sys.exit() in a handler must not take the worker with it
-            log.exception("%s failed", _describe(exchange))
+        elif error is not None:
+            log.error("%s failed", _describe(exchange), exc_info=error)
             exchange.fail()
         if self._exchange is exchange and not exchange.responded:
             self.abort()  # the application gave up because its client left; nothing will complete this
 
     # ---- the wire that exchanges write to ----
+
+    def go_on(self, exchange: Exchange, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._service.start(coroutine)
+        if not task.done():
+            self._service.tasks.add(task)
+            task.add_done_callback(partial(self._end, exchange))
+        elif task.cancelled() or task.exception() is not None or not exchange.responded:
+            self._end(exchange, task)
 
     def send_continue(self) -> None:
         data = self._http.send_continue()
@@ -214,13 +325,21 @@ class HTTPConnection(asyncio.Protocol):
             self._transport.write(data)
             self._rearm()
 
-    def send_head(self, status: int, headers: Headers, body: bytes, more: bool) -> None:
+    def send_interim(self, status: int, headers: Iterable[Field]) -> None:
         self._check_present()
-        if self._service.is_draining:
+        self._transport.write(self._http.send_interim(status, headers))
+
+    def send_head(self, status: int, headers: FieldLines, body: bytes, more: bool) -> None:
+        if self._is_lost or self._is_lingering or self._transport.is_closing():
+            self._check_present()
+        service = self._service
+        if service.is_draining:
             self._http.close_after()
-        data = self._http.send_head(status, headers, body, more, date=self._service.date())
+        data, rest = self._http.send_head(status, headers, body, more, date=service.date)
         self._sent += len(body)
         self._transport.write(data)
+        if rest:
+            self._transport.write(rest)
         if not more:
             self._complete()
 
@@ -228,10 +347,56 @@ class HTTPConnection(asyncio.Protocol):
         self._check_present()
         framed = self._http.send_body(data, more)
         self._sent += len(data)
-        if framed:
-            self._transport.write(framed)
+        self._write(framed, more)
         if not more:
             self._complete()
+
+    async def send_file(self, file: int, offset: int, count: int) -> None:
+        self._check_present()
+        framing = self._http.frame(count) if count else None
+        if framing is None:
+            return
+        before, after = framing
+        self._write(before, False)
+        self._transfer = transfer = Transfer(self._transport, self._service.sockets, self.drain, count)
+        self._rearm()
+        try:
+            await transfer.run(file, offset)
+        except BaseException:
+            self.abort()  # part of a message is out
+            raise
+        finally:
+            self._sent += transfer.sent
+            self._transfer = None
+            self._rearm()
+        if after:
+            self._transport.write(after)
+
+    def send_trailers(self, trailers: FieldLines) -> None:
+        self._check_present()
+        self._write(self._http.send_trailers(trailers), False)
+        self._complete()
+
+    def _write(self, data: bytes, more: bool) -> None:
+        """A write is a system call, so what an application sends in one turn of the loop is gathered into one."""
+        if more and len(data) < GATHERED:
+            if not self._gathered:
+                self._service.loop.call_soon(self._flush)
+            self._gathered.append(data)
+            self._gathered_size += len(data)
+            if self._gathered_size >= GATHERED:
+                self._flush()
+            return
+        if self._gathered:
+            self._gathered.append(data)
+            self._flush()
+        elif data:
+            self._transport.write(data)
+
+    def _flush(self) -> None:
+        gathered, self._gathered, self._gathered_size = self._gathered, [], 0
+        if gathered and not self._is_lost:
+            self._transport.write(b"".join(gathered))
 
     def is_writable(self) -> bool:
         return self._drained is None
@@ -258,13 +423,34 @@ class HTTPConnection(asyncio.Protocol):
         if self._is_lost or self._is_lingering or self._transport.is_closing():
             raise ClientDisconnected("the client went away before its response was complete")
 
+    def switch(self, answer: bytes) -> tuple[asyncio.Transport, bytes]:
+        """Send *answer*, the whole 101 of an upgrade, and give the transport away, with what the client has sent since.
+
+        Raises ClientDisconnected.
+        """
+        self._check_present()
+        exchange = self._leave_exchange()
+        self._log_access(exchange, 101)
+        unread = self._http.take_buffer()
+        self._is_lost = True  # to us
+        self._rearm()
+        self._service.leave(self)
+        self._transport.write(answer)
+        if not self._is_reading:
+            self._transport.resume_reading()
+        return self._transport, unread
+
+    @property
+    def service(self) -> Service:
+        return self._service
+
     # ---- the end of an exchange ----
 
     def _complete(self) -> None:
         """The whole response is with the transport."""
-        assert self._exchange is not None
-        self._log_access(self._exchange.request, self._exchange.status)
-        self._leave_exchange()
+        exchange = self._leave_exchange()
+        if self._service.access_log is not None:
+            self._log_access(exchange, exchange.status)
         if self._http.request_complete:
             self._next_cycle()
         elif self._has_eof or not self._http.keep_alive or self._http.wants_continue:
@@ -277,16 +463,30 @@ class HTTPConnection(asyncio.Protocol):
         assert self._exchange is not None
         exchange, self._exchange = self._exchange, None
         self._is_body_paused = False
-        self._service.slot.in_flight -= 1
-        self._service.slot.requests += 1
+        self._service.slot.whole[REQUESTS] += 1
         return exchange
 
     def _next_cycle(self) -> None:
-        if not self._http.keep_alive or self._service.is_draining:
+        if self._service.is_draining:
             self._close()
             return
-        self._http.start_next_cycle()
-        self._advance()
+        if not self._http.start_next_cycle():
+            if self._http.is_unexpected_end:
+                self._linger()
+            else:
+                self._close()
+            return
+        if self._is_advancing:
+            return
+        if self._http.is_idle and self._drained is None and self._is_reading:
+            self._awaited = Awaited.NEXT_REQUEST  # what `_rearm` would find, without looking
+            self.deadline = self._service.loop.time() + self._service.timeouts.keep_alive
+            return
+        if self._http.buffered:
+            # Not from here, where the application of this request is at work: its context is not the next one's.
+            self._service.loop.call_soon(self._advance, context=self._service.context)
+        self._regulate_reading()
+        self._rearm()
 
     def _close(self) -> None:
         """Everything that was asked is answered: close, without destroying the answer."""
@@ -318,11 +518,12 @@ class HTTPConnection(asyncio.Protocol):
         if self._http.response_complete:  # what is broken is a body that nobody wanted
             self._linger()
             return
-        answer = self._http.refuse(refusal, date=self._service.date())
+        answer = self._http.refuse(refusal, date=self._service.date)
         self._sent = len(answer.partition(b"\r\n\r\n")[2])
         self._transport.write(answer)
-        self._log_access(None if exchange is None else exchange.request, refusal.status)
+        self._log_access(exchange, refusal.status)
         if exchange is None:
+            self._service.slot.begun += 1
             self._service.slot.requests += 1
         else:
             self._leave_exchange().disconnect()
@@ -344,13 +545,13 @@ class HTTPConnection(asyncio.Protocol):
         awaited = self._look()
         if awaited is not self._awaited or awaited is progress:
             self._awaited = awaited
-            self._unwritten = self._transport.get_write_buffer_size() if awaited is Awaited.WRITING else 0
+            self._unwritten = self._measure_unwritten() if awaited is Awaited.WRITING else 0
             self.deadline = self._service.loop.time() + self._service.patience(awaited)
 
     def _look(self) -> Awaited:
         if self._is_lost:
             return Awaited.APPLICATION
-        if self._drained is not None or self._transport.is_closing():
+        if self._drained is not None or self._transfer is not None or self._transport.is_closing():
             return Awaited.WRITING
         if self._is_lingering:
             return Awaited.WRITING if self._transport.get_write_buffer_size() else Awaited.CLOSE
@@ -381,12 +582,18 @@ class HTTPConnection(asyncio.Protocol):
 
     def _check_written(self) -> None:
         """A slow client is served as long as it takes something in each interval."""
-        unwritten = self._transport.get_write_buffer_size()
+        unwritten = self._measure_unwritten()
         if unwritten and unwritten >= self._unwritten:
             log.info("aborted a response to %s: nothing was taken in time", self._describe_client())
             self.abort()
         else:
             self._rearm(progress=Awaited.WRITING)
+
+    def _measure_unwritten(self) -> int:
+        """Less than before if the client has taken anything: the transport's buffer, or what a file lacks."""
+        if self._transfer is not None:
+            return self._transfer.missing
+        return self._transport.get_write_buffer_size()
 
     # ---- the rest ----
 
@@ -396,16 +603,18 @@ class HTTPConnection(asyncio.Protocol):
             if not drained.done():
                 drained.set_result(None)
 
-    def _log_access(self, request: Request | None, status: int) -> None:
-        """*request* None: it was refused before its head was understood."""
-        access_log = self._service.access_log
+    def _log_access(self, exchange: Exchange | None, status: int) -> None:
+        """*exchange* None: it was refused before its head was understood."""
+        access_log, worker_id = self._service.access_log, self._service.worker_id
         if access_log is None:
             return
-        method, target, version = (
-            ("-", b"-", "-") if request is None else (request.method, request.target, request.version)
+        if exchange is None:
+            access_log.log(self._client, "-", b"-", "-", status, self._sent, 0.0, worker_id)
+            return
+        request, seconds = exchange.request, self._service.loop.time() - self._started_at
+        access_log.log(
+            exchange.client, request.method, request.target, request.version, status, self._sent, seconds, worker_id
         )
-        seconds = 0.0 if request is None else self._service.loop.time() - self._started_at
-        access_log.log(self._client, method, target, version, status, self._sent, seconds, self._service.worker_id)
 
     def _describe_client(self) -> str:
         return "a client on a unix socket" if self._client is None else f"{self._client[0]} port {self._client[1]}"

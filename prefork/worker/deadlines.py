@@ -8,7 +8,7 @@ all of them now and then. So a deadline is kept to within `INTERVAL`, never earl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from enum import Enum
 from typing import Protocol
 
@@ -48,10 +48,13 @@ class Expiring(Protocol):
 
 
 class Sweep:
-    """Calls `on_deadline` of every member of *connections* whose deadline has passed."""
+    """Calls *tick* each time, and `on_deadline` of every member of *connections* whose deadline has passed."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, connections: Collection[Expiring]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, connections: Collection[Expiring], tick: Callable[[], None]
+    ) -> None:
         self._loop = loop
+        self._tick = tick
         self._connections = connections
         self._timer = loop.call_later(INTERVAL, self._run)
 
@@ -61,6 +64,7 @@ class Sweep:
     def _run(self) -> None:
         # First of all, so that no error below can end the sweeping.
         self._timer = self._loop.call_later(INTERVAL, self._run)
+        self._tick()
         now = self._loop.time()
         # First found, then told: telling one may remove it from the set we walk over.
         for connection in [c for c in self._connections if c.deadline <= now]:

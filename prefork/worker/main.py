@@ -16,27 +16,28 @@ import faulthandler
 import logging
 import os
 import signal
-import ssl
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from prefork import log as logs
 from prefork.config import Settings
-from prefork.errors import ChannelClosed, ImportFailed, LifespanFailed, LoadError, reason_of
+from prefork.errors import ChannelClosed, ImportFailed, LifespanFailed, LoadError, TLSError, reason_of
 from prefork.gateway.lifespan import Lifespan
 from prefork.gateway.load import Application, Interface, load_application, resolve
-from prefork.gateway.make import make_gateway
+from prefork.gateway.make import make_gateway, make_websocket_gateway
+from prefork.gateway.threads import Threads
 from prefork.ipc.aio import AsyncChannel
 from prefork.ipc.channel import Channel, Message
 from prefork.ipc.frames import Kind
 from prefork.log import AccessLog
+from prefork.net.forwarded import Forwarding, Trusted
 from prefork.net.listener import Listener
 from prefork.net.sharing import Sharing
+from prefork.net.tls import PEM, TLS
 from prefork.process.identity import Identity, end_with_parent
 from prefork.process.status import BOOT_FAILED, LOAD_FAILED
 from prefork.protocol.limits import Limits
@@ -44,8 +45,7 @@ from prefork.scoreboard import Slot
 from prefork.worker.loop import loop_factory, loop_name
 from prefork.worker.server import Server
 from prefork.worker.service import Service, Timeouts
-
-T = TypeVar("T")
+from prefork.worker.websocket import WebSockets
 
 log = logging.getLogger("prefork")
 
@@ -108,7 +108,7 @@ class Equipment:
     settings: Settings
     listeners: Sequence[Listener]
     identity: Identity
-    tls: ssl.SSLContext | None
+    tls: TLS | None
     application: Application | None  # None: to be loaded by the worker itself
     access_log: AccessLog | None
 
@@ -205,8 +205,7 @@ class Serving:
         self._drain_timeout = settings.graceful_timeout
         self._channel = AsyncChannel(channel, loop, self._on_message, self._on_orphaned)
         self._state: dict[str, Any] = {}
-        self._executor = ThreadPoolExecutor(settings.threads, "prefork") if settings.threads else None
-        self._jobs: set[Future[Any]] = set()  # at work in its threads
+        self._threads = Threads(settings.threads, loop) if settings.threads else None
         self._server: Server | None = None
 
     async def run(self) -> int:
@@ -247,7 +246,9 @@ class Serving:
         return lifespan
 
     def _listen(self) -> None:
-        self._server = Server(self._make_service(), self._equipment.tls)
+        settings = self._equipment.settings
+        proxies = Trusted.parse(settings.proxy_allow_ips) if settings.proxy_protocol else None
+        self._server = Server(self._make_service(), self._equipment.tls, proxies)
         sockets = [
             listener.socket_for(self._worker.slot)
             for listener in self._equipment.listeners
@@ -264,7 +265,7 @@ class Serving:
         settings = self._equipment.settings
         gateway = make_gateway(
             self._application,
-            run_in_thread=None if self._executor is None else self._run_in_thread,
+            run_in_thread=self._threads,
             worker=self._worker,
             state=self._state,
             root_path=settings.root_path,
@@ -288,6 +289,27 @@ class Serving:
             access_log=self._equipment.access_log,
             server_header=settings.server_header.encode("ascii"),
             worker_id=self._worker.id,
+            forwarding=Forwarding(
+                Trusted.parse(settings.forwarded_allow_ips),
+                () if "off" in settings.forwarded_headers else settings.forwarded_headers,
+            ),
+            websockets=self._make_websockets(),
+        )
+
+    def _make_websockets(self) -> WebSockets | None:
+        settings = self._equipment.settings
+        gateway = make_websocket_gateway(
+            self._application, worker=self._worker, state=self._state, root_path=settings.root_path
+        )
+        if gateway is None:
+            return None
+        return WebSockets(
+            gateway=gateway,
+            max_size=settings.ws_max_size,
+            compression=settings.ws_compression,
+            ping_interval=settings.ws_ping_interval or float("inf"),
+            ping_timeout=settings.ws_ping_timeout or float("inf"),
+            server=b"server: %b\r\n" % settings.server_header.encode("ascii") if settings.server_header else b"",
         )
 
     def _describe_application(self) -> str:
@@ -307,6 +329,8 @@ class Serving:
                     self._leave()
                 case "reopen_logs":
                     self._reopen_logs()
+                case "certificates":
+                    self._renew_certificates(message.body["pem"])
 
     def _take_over(self, message: Message) -> None:
         """A connection that the master accepted. What is refused is closed by the message's owner."""
@@ -322,12 +346,12 @@ class Serving:
         logs.reopen()
         log.debug("%s reopened its logs", self._worker.describe())
 
-    async def _run_in_thread(self, function: Callable[[], T]) -> T:
-        assert self._executor is not None
-        job = self._executor.submit(function)
-        self._jobs.add(job)
-        job.add_done_callback(self._jobs.discard)
-        return await asyncio.wrap_future(job)
+    def _renew_certificates(self, pem: dict[str, Any]) -> None:
+        assert self._equipment.tls is not None
+        try:
+            self._equipment.tls.adopt(PEM.from_message(pem))
+        except TLSError as error:  # the master could, a moment ago
+            log.error("%s keeps its old TLS certificates: %s", self._worker.describe(), error)
 
     # ---- leaving ----
 
@@ -353,14 +377,13 @@ class Serving:
 
     async def _drain(self) -> None:
         assert self._server is not None
+        if self._threads is not None:
+            self._threads.drain()
         await self._server.drain(self._drain_timeout)
-        # Threads of requests that were cut off: what they send next fails, and then they clean up.
-        # A copy, because they leave the set by themselves.
-        late = [asyncio.wrap_future(job) for job in tuple(self._jobs)]
-        if late:
-            ended, _ = await asyncio.wait(late, timeout=THREADS_GRACE)
-            for job in ended:
-                job.cancelled() or job.exception()  # told elsewhere; asyncio would call it "never retrieved"
+        if self._threads is not None:
+            # Of requests that were cut off: what they send next fails, and then they clean up.
+            await self._threads.wait(THREADS_GRACE)
+            self._threads.close()
 
     async def _stop_application(self, lifespan: Lifespan | None) -> int:
         if lifespan is None:

@@ -6,6 +6,9 @@ does, and each connection arrives as a descriptor to be adopted.
 Accepting is not left to the event loop. Out of descriptors, uvloop closes what it
 accepts without a word, and asyncio fills the log; and asyncio takes a whole burst
 where the other workers would have had their share.
+
+A connection without TLS begins without a task: one would cost a third of all that a
+connection costs.
 """
 
 from __future__ import annotations
@@ -13,12 +16,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
+from typing import Any
 
 from prefork.errors import reason_of
+from prefork.net.forwarded import Trusted
+from prefork.net.proxy import ProxyHeader
+from prefork.net.tls import TLS
 from prefork.worker.connection import HTTPConnection
 from prefork.worker.deadlines import NEVER, Sweep
+from prefork.worker.greeting import Greeter
 from prefork.worker.service import Service
 
 log = logging.getLogger("prefork")
@@ -41,17 +49,28 @@ TLS_SHUTDOWN_TIMEOUT = 2.0
 class Server:
     """Serves one worker's connections from `open` to the end of `drain`."""
 
-    def __init__(self, service: Service, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, service: Service, tls: TLS | None, proxies: Trusted | None = None) -> None:
+        """*proxies*: who must begin a connection with a PROXY header; None, and nobody may."""
         self._service = service
         self._loop = service.loop
         self._tls = tls
         self._listening: set[socket.socket] = set()
-        self._adoptions: set[asyncio.Task[None]] = set()
-        self._sweep = Sweep(service.loop, service.connections)
+        self._starts: set[Coroutine[Any, Any, Any]] = set()  # of connections without TLS
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._make = partial(HTTPConnection, service)
+        self._begin = self._start if tls is None else self._start_tls
+        # What becomes of an accepted connection.
+        self._greeter: Greeter | None = None
+        self._receive: Callable[[socket.socket], None] = self._begin
+        if tls is not None or proxies is not None:
+            self._greeter = Greeter(service, self._begin, expects_tls=tls is not None, proxies=proxies)
+            self._receive = self._greeter.greet
+        self._sweep = Sweep(service.loop, service.connections, service.tick)
 
     def open(self, sockets: Iterable[socket.socket]) -> None:
         """Accept on *sockets*, which are listening already and do not block."""
         for listening in sockets:
+            _send_at_once(listening)  # inherited by what is accepted
             self._listening.add(listening)
             self._loop.add_reader(listening.fileno(), self._accept, listening)
 
@@ -60,12 +79,8 @@ class Server:
         if self._service.is_draining:
             return False
         connection.setblocking(False)
-        if connection.family != socket.AF_UNIX:
-            # Also asyncio's default, but it looks at the protocol's number, which accept() does not tell.
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        task = self._loop.create_task(self._adopt(connection))
-        self._adoptions.add(task)
-        task.add_done_callback(self._forget)
+        _send_at_once(connection)
+        self._receive(connection)
         return True
 
     def stop_accepting(self) -> None:
@@ -83,11 +98,15 @@ class Server:
             async with asyncio.timeout(timeout):
                 if not self._is_idle:
                     await asyncio.sleep(min(DRAIN_LINGER, timeout))
+                if self._greeter is not None:
+                    self._greeter.drain()
                 for connection in list(self._service.connections):
                     connection.drain_connection()
                 await self._become_idle()
         except TimeoutError:
             await self._cut_off(timeout)
+        if self._greeter is not None:
+            self._greeter.close()
         self._sweep.close()
 
     # ---- accepting ----
@@ -103,38 +122,81 @@ class Server:
             self._loop.remove_reader(listening.fileno())
             self._loop.call_later(ACCEPT_PAUSE, self._accept_again, listening)
             return
-        if not self.adopt(connection):
-            connection.close()
+        connection.setblocking(False)
+        self._receive(connection)
 
     def _accept_again(self, listening: socket.socket) -> None:
         if listening in self._listening:  # not closed meanwhile
             self._loop.add_reader(listening.fileno(), self._accept, listening)
 
-    async def _adopt(self, connection: socket.socket) -> None:
-        handshake_timeout = self._service.timeouts.head
+    # ---- from a socket to a transport ----
+
+    def _start(self, connection: socket.socket, origin: ProxyHeader | None = None) -> None:
+        """Give *connection* its transport.
+
+        The loop's coroutine waits once, for the transport to be ready; a task is not needed to
+        tell it so.
+        """
+        make = self._make if origin is None else partial(self._make, origin=origin)
+        start = self._loop.connect_accepted_socket(make, connection)
+        try:
+            ready = start.send(None)
+        except OSError as error:
+            self._lose(connection, error)
+            return
+        self._starts.add(start)
+        ready.add_done_callback(partial(self._finish_start, start, connection))
+
+    def _finish_start(
+        self, start: Coroutine[Any, Any, Any], connection: socket.socket, _ready: asyncio.Future[None]
+    ) -> None:
+        self._starts.discard(start)
+        if self._service.is_draining:
+            self._service.something_ended.set()
+        try:
+            start.send(None)
+        except StopIteration:  # it has returned the transport, as it should
+            pass
+        except OSError as error:
+            self._lose(connection, error)
+
+    def _start_tls(self, connection: socket.socket, origin: ProxyHeader | None = None) -> None:
+        handshake = self._loop.create_task(self._shake_hands(connection, origin))
+        self._handshakes.add(handshake)
+        handshake.add_done_callback(self._forget)
+
+    async def _shake_hands(self, connection: socket.socket, origin: ProxyHeader | None) -> None:
+        assert self._tls is not None
+        timeout = self._service.timeouts.head
         try:
             await self._loop.connect_accepted_socket(
-                lambda: HTTPConnection(self._service),
+                self._make if origin is None else partial(self._make, origin=origin),
                 connection,
-                ssl=self._tls,
-                ssl_handshake_timeout=None if self._tls is None or handshake_timeout == NEVER else handshake_timeout,
-                ssl_shutdown_timeout=None if self._tls is None else TLS_SHUTDOWN_TIMEOUT,
+                ssl=self._tls.context,
+                ssl_handshake_timeout=None if timeout == NEVER else timeout,
+                ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT,
             )
-        except OSError as error:  # the client left meanwhile, or TLS could not be agreed on
-            log.debug("a connection was lost before it began: %s", error)
-            connection.close()
-            self._service.slot.opened += 1
-            self._service.slot.closed += 1
+        except OSError as error:
+            self._lose(connection, error)
 
-    def _forget(self, adoption: asyncio.Task[None]) -> None:
-        self._adoptions.discard(adoption)
+    def _lose(self, connection: socket.socket, error: OSError) -> None:
+        """The client left meanwhile, or TLS could not be agreed on."""
+        log.debug("a connection was lost before it began: %s", error)
+        connection.close()
+        self._service.slot.opened += 1
+        self._service.slot.closed += 1
+        self._service.something_ended.set()
+
+    def _forget(self, handshake: asyncio.Task[None]) -> None:
+        self._handshakes.discard(handshake)
         self._service.something_ended.set()
 
     # ---- draining ----
 
     @property
     def _is_idle(self) -> bool:
-        return self._service.is_idle and not self._adoptions
+        is_greeting = self._greeter is not None and self._greeter.greetings
+        return self._service.is_idle and not (self._starts or self._handshakes or is_greeting)
 
     async def _become_idle(self) -> None:
         while not self._is_idle:
@@ -150,10 +212,16 @@ class Server:
             len(tasks),
             len(service.connections),
         )
-        for task in [*tasks, *self._adoptions]:
+        for task in [*tasks, *self._handshakes]:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CANCEL_GRACE)
         for connection in list(service.connections):
             connection.abort()
         await asyncio.sleep(0)  # connection_lost is called by the loop's next turn
+
+
+def _send_at_once(sock: socket.socket) -> None:
+    """Nagle's algorithm would hold back the end of an answer. asyncio's own attempt misses sockets that were accepted here."""
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
-from prefork.gateway.exchange import Exchange
+from prefork.gateway.make import Gateway
 from prefork.log import AccessLog
+from prefork.net.forwarded import Forwarding, Trusted
 from prefork.protocol.limits import Limits
 from prefork.scoreboard import Slot
 from prefork.worker.deadlines import LINGER, NEVER, Awaited
+from prefork.worker.sendfile import Sockets
 
 if TYPE_CHECKING:
     from prefork.worker.connection import HTTPConnection
+    from prefork.worker.websocket import WebSocketConnection, WebSockets
 
-Gateway = Callable[[Exchange], Awaitable[None]]
+if sys.version_info >= (3, 12):
+    # A task runs at once up to its first wait: an application that never waits costs the loop no turn, and its
+    # answer leaves with the read that brought the request.
+    def start_task(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
+        return asyncio.Task(coroutine, loop=loop, eager_start=True)
+
+else:
+
+    def start_task(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
+        return asyncio.Task(coroutine, loop=loop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +57,23 @@ class Service:
     access_log: AccessLog | None
     server_header: bytes
     worker_id: int
+    forwarding: Forwarding = field(
+        default_factory=lambda: Forwarding(Trusted.parse(()), ())
+    )  # by default nobody is believed
+    websockets: WebSockets | None = None  # None: the application takes none
     is_draining: bool = False
-    connections: set[HTTPConnection] = field(default_factory=set)
+    connections: set[HTTPConnection | WebSocketConnection] = field(default_factory=set)
     # Applications at work; a task outlives its response when the application goes on after it.
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     # Set whenever a connection or a task ends, for whoever waits until there is none.
     something_ended: asyncio.Event = field(default_factory=asyncio.Event)
-    _date: bytes = b""
-    _date_second: int = 0
+    date: bytes = b""  # the line of that field
+    _sockets: Sockets | None = None
+    # What callbacks run in that begin a request: nothing of another request's context variables is in it.
+    context: Context = field(default_factory=copy_context)
+
+    def __post_init__(self) -> None:
+        self.tick()
 
     @property
     def is_idle(self) -> bool:
@@ -74,28 +97,30 @@ class Service:
             case Awaited.REST | Awaited.CLOSE:
                 return LINGER
 
-    def run(self, coroutine: Coroutine[object, object, None]) -> None:
-        """Run *coroutine* in a task that is known here until it ends."""
-        task = self.loop.create_task(coroutine)
-        self.tasks.add(task)
-        task.add_done_callback(self._forget)
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that runs *coroutine*, and may have ended already. One that has not is to be kept in `tasks`."""
+        return start_task(coroutine, self.loop)
 
-    def leave(self, connection: HTTPConnection) -> None:
+    def forget(self, task: asyncio.Task[None]) -> None:
+        """*task* has ended."""
+        self.tasks.discard(task)
+        self.something_ended.set()
+
+    def leave(self, connection: HTTPConnection | WebSocketConnection) -> None:
         """*connection* is lost."""
         self.connections.discard(connection)
         self.something_ended.set()
 
-    def _forget(self, task: asyncio.Task[None]) -> None:
-        self.tasks.discard(task)
-        self.something_ended.set()
+    @property
+    def sockets(self) -> Sockets:
+        """Made with the first file that is sent."""
+        if self._sockets is None:
+            self._sockets = Sockets(self.loop)
+        return self._sockets
 
-    def date(self) -> bytes:
-        """The value of `Date` (RFC 9110, section 6.6.1), made once a second."""
-        second = int(time.time())
-        if second != self._date_second:
-            self._date_second = second
-            self._date = formatdate(second, usegmt=True).encode()
-        return self._date
+    def tick(self) -> None:
+        """Called by the sweep: the `Date` (RFC 9110, section 6.6.1) of all responses until the next one."""
+        self.date = b"date: %b\r\n" % formatdate(time.time(), usegmt=True).encode()
 
 
 def endpoint(name: Any) -> tuple[str, int] | None:

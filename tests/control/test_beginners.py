@@ -493,7 +493,10 @@ def test_files_that_belong_to_somebody_else(fails):
         socket_file = fails("app:app", "--bind", "unix:s.sock", as_nobody=True, cwd=folder)
 
     assert (config.code, config.sentence) == (2, "configuration file c.toml cannot be read: permission denied")
-    assert (certificate.code, certificate.sentence) == (2, "the certificate in c.pem cannot be read: permission denied")
+    assert (certificate.code, certificate.sentence) == (
+        2,
+        f"the certificate in {folder}/c.pem cannot be read: permission denied",
+    )
     assert (log.code, log.sentence) == (2, "error_log 'c.pem' cannot be opened: permission denied")
     assert socket_file.code == 1
     assert socket_file.sentence == (
@@ -570,7 +573,7 @@ def pem(tmp_path_factory):
     ("certificate", "key", "sentence"),
     [
         ("no.crt", None, "there is no file {pem}/no.crt to take the certificate from"),
-        (".", None, "the certificate in {pem}/. cannot be read: is a directory"),
+        (".", None, "the certificate in {pem} cannot be read: is a directory"),
         (
             "one.key",
             None,

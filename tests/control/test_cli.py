@@ -99,10 +99,13 @@ def test_every_setting_has_its_flag(prefork, served, setting):
         "config": None,  # names a file; tests/test_config.py has it
         "keyfile": ["--keyfile", "k.pem", "--certfile", "c.pem"],
         "keyfile_password": ["--keyfile-password", "x", "--certfile", "c.pem"],
+        "client_ca": ["--client-ca", "ca.pem", "--certfile", "c.pem"],
+        "client_cert": ["--client-cert", "optional", "--client-ca", "ca.pem", "--certfile", "c.pem"],
         "env": ["--env", "A=1", "--env", "B=2"],
         "root_path": ["--root-path", "/api"],
         "unix_mode": ["--unix-mode", "660"],
         "hooks": ["--hooks", "a:b"],
+        "ws_compression": ["--no-ws-compression"],
     }
     sample = setting.kind.words[-1] if setting.kind.words else "777"
     arguments = values.get(setting.name, [setting.flag] if isinstance(setting.kind, Switch) else [setting.flag, sample])

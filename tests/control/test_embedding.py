@@ -158,9 +158,12 @@ def test_every_setting_is_a_keyword(monkeypatch, tmp_path, setting):
         "hooks": "a:b",
         "unix_mode": "660",
         "config": str(tmp_path / "settings.toml"),
+        "proxy_protocol": True,
     }
     value = values.get(setting.name, setting.kind.words[-1] if setting.kind.words else "777")
-    more = {"certfile": "c.pem"} if setting.name.startswith("keyfile") else {}
+    more = {"certfile": "c.pem"} if setting.group == "TLS" and setting.name != "certfile" else {}
+    if setting.name == "client_cert":
+        more["client_ca"] = "ca.pem"
     given = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(serving, "serve_command", lambda settings: given.append(settings) or 0)
@@ -216,9 +219,19 @@ def test_every_setting_at_once_takes_effect(tmp_path, runs):
         "limit_fields": 50,
         "limit_target": 4096,
         "limit_body": "1m",
+        "ws_max_size": "1m",
+        "ws_ping_interval": 5,
+        "ws_ping_timeout": 5,
+        "ws_compression": False,
+        "forwarded_allow_ips": "10.0.0.0/8",
+        "forwarded_headers": "forwarded",
+        "proxy_protocol": True,
+        "proxy_allow_ips": "10.0.0.0/8",
         "certfile": "c.pem",
         "keyfile": "k.pem",
         "keyfile_password": "secret",
+        "client_ca": "c.pem",
+        "client_cert": "optional",
         "log_level": "debug",
         "error_log": "error.log",
         "access_log": "access.log",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 import pytest
 
-from prefork.errors import ClientDisconnected
+from prefork.errors import ClientDisconnected, ResponseError
 from prefork.gateway.exchange import Exchange
 from prefork.protocol.events import Headers, Request
 
@@ -30,6 +32,8 @@ class FakeWire:
         self.head: tuple[int, Headers] | None = None
         self.pieces: list[bytes] = []
         self.complete = False
+        self.tasks: list[asyncio.Task[None]] = []  # what `go_on` was given
+        self.task_of: dict[Exchange, asyncio.Task[None]] = {}
         self.is_draining = asyncio.Event()  # set while somebody waits in drain
         self._taken = asyncio.Event()
 
@@ -79,6 +83,30 @@ class FakeWire:
         self._check()
         self.calls.append(("body", data, more))
         self._piece(data, more)
+
+    def send_interim(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self._check()
+        self.calls.append(("interim", status, list(headers)))
+
+    async def send_file(self, file: int, offset: int, count: int) -> None:
+        self._check()
+        self.calls.append(("file", offset, count))
+        await self.drain()
+        data = os.pread(file, count, offset)
+        self._piece(data, True)
+        if len(data) < count:
+            raise ResponseError("the file is too short")
+
+    def send_trailers(self, trailers: Iterable[tuple[bytes, bytes]]) -> None:
+        self._check()
+        self.calls.append(("trailers", list(trailers)))
+        self.complete = True
+
+    def go_on(self, exchange: Exchange, coroutine: Coroutine[Any, Any, None]) -> None:
+        self.calls.append(("go_on",))
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self.tasks.append(task)
+        self.task_of[exchange] = task
 
     def is_writable(self) -> bool:
         return self.writable
@@ -172,7 +200,7 @@ def exchange_for(wire: FakeWire) -> ExchangeFor:
             chunked=chunked,
             expect_continue=expect_continue,
         )
-        exchange = Exchange(request, wire, client=client, server=server, scheme=scheme)
+        exchange = Exchange(request, wire, client, server, scheme)
         if body is not None:
             for piece in pieces:
                 if piece:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from prefork.errors import ClientDisconnected, GatewayError, ResponseError
 from prefork.gateway.asgi import AsgiGateway, decode_path
+from prefork.protocol.response import FieldLines
 
 
 def serve(app, exchange, *, state=None, root_path=""):
@@ -62,7 +63,13 @@ def test_scope_holds_every_key_of_the_specification(exchange_for):
         "headers": [(b"host", b"example.org"), (b"x-a", b"1"), (b"x-a", b"2")],
         "client": ("192.0.2.7", 1),
         "server": ("198.51.100.1", 443),
-        "extensions": {},
+        "extensions": {
+            "http.response.trailers": {},
+            "http.response.early_hint": {},
+            "http.response.debug": {},
+            "http.response.pathsend": {},
+            "http.response.zerocopysend": {},
+        },
         "state": {"db": 1},
     }
 
@@ -309,7 +316,7 @@ def test_header_names_are_lower_cased(exchange_for, wire):
         await answer(send, headers=[(b"Content-Type", b"Text")])
 
     serve(app, exchange_for())
-    assert wire.head[1] == [(b"content-type", b"Text")]
+    assert FieldLines(tuple(wire.head[1])).lines == b"content-type: Text\r\n"
 
 
 @pytest.mark.parametrize("body", [bytearray(b"ok"), memoryview(b"ok")])
@@ -406,16 +413,57 @@ def test_message_after_the_end_is_refused_and_changes_nothing(exchange_for, wire
     assert wire.body == b"ok"
 
 
-def test_trailers_are_dropped_not_refused(exchange_for, wire):
-    """They are no extension we offer, and RFC 9110, 6.5.1, lets a sender drop them."""
+def test_trailers_are_the_end_of_a_response_that_announced_them(exchange_for, wire):
 
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "trailers": True})
         await send({"type": "http.response.body", "body": b"ok"})
-        await send({"type": "http.response.trailers", "headers": [(b"a", b"b")]})
+        await send({"type": "http.response.trailers", "headers": [(b"a", b"b")], "more_trailers": True})
+        await send({"type": "http.response.trailers", "headers": [[b"c", b"d"]]})
 
     serve(app, exchange_for())
+    assert wire.calls[-1] == ("trailers", [(b"a", b"b"), (b"c", b"d")])
     assert (wire.body, wire.complete) == (b"ok", True)
+
+
+def test_announced_trailers_have_to_come(exchange_for, wire):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "trailers": True})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    with pytest.raises(GatewayError, match="http.response.trailers"):
+        serve(app, exchange_for())
+    assert not wire.complete
+
+
+def test_early_hints_leave_before_the_response(exchange_for, wire):
+    """A browser fetches what they name while the application still thinks (RFC 8297)."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.early_hint", "links": [b"</a.css>; rel=preload", b"</b.js>"]})
+        await answer(send)
+
+    serve(app, exchange_for())
+    assert wire.calls[0] == ("interim", 103, [(b"link", b"</a.css>; rel=preload"), (b"link", b"</b.js>")])
+    assert wire.status == 200
+
+
+@pytest.mark.parametrize("links", ["</a.css>", b"</a.css>", ["</a.css>"], None, 1])
+def test_early_hints_are_bytes(exchange_for, wire, links):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.early_hint", "links": links})
+
+    with pytest.raises(GatewayError, match="an iterable of bytes was expected"):
+        serve(app, exchange_for())
+
+
+def test_debug_message_is_taken_and_not_sent(exchange_for, wire):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.debug", "info": {"template": "a.html"}})
+        await answer(send)
+
+    serve(app, exchange_for())
+    assert [call[0] for call in wire.calls] == ["head"]
 
 
 def test_response_that_http_forbids_is_told_to_the_application(exchange_for, wire):

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefork.errors import ClientDisconnected
-from prefork.gateway.file import READ_SIZE, Selection, guess_content_type, open_file, select
+from prefork.errors import ClientDisconnected, ResponseError
+from prefork.gateway.file import SMALL, Selection, guess_content_type, open_file, select
 from prefork.gateway.handler import HandlerGateway
 from prefork.gateway.message import Headers, Response
 
@@ -282,25 +282,40 @@ def test_error_page_from_a_file_ignores_conditions(send, wire, small):
     assert (wire.status, wire.body) == (404, b"0123456789")
 
 
-def test_large_range_is_read_in_pieces(send, wire, tmp_path):
-    """Cut anywhere, put together again."""
-    content = os.urandom(3 * READ_SIZE + 7)
+@pytest.mark.parametrize(("size", "calls"), [(SMALL, ["head"]), (SMALL + 1, ["head", "file", "drain", "body"])])
+def test_small_file_leaves_with_its_head_and_a_large_one_by_sendfile(send, wire, tmp_path, size, calls):
+    """One write for the many icons, no memory for the film."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(size))
+    send(Response.file(path))
+
+    assert [call[0] for call in wire.calls] == calls
+    assert wire.body == path.read_bytes()
+    assert wire.complete
+
+
+def test_large_range_is_named_to_sendfile(send, wire, tmp_path):
+    """From its first byte, and no more than it has."""
+    content = os.urandom(3 * SMALL + 7)
     path = tmp_path / "large"
     path.write_bytes(content)
-    send(Response.file(path), headers=[(b"range", b"bytes=5-")])
+    send(Response.file(path), headers=[(b"range", b"bytes=5-150000")])
 
-    assert wire.body == content[5:]
-    assert max(map(len, wire.pieces)) <= READ_SIZE
+    assert wire.body == content[5:150001]
+    assert ("file", 5, 149996) in wire.calls
 
 
-def test_large_file_keeps_memory_flat(send, wire, tmp_path):
-    """A download costs one piece, whatever its size."""
+def test_large_file_is_never_in_memory(send, wire, tmp_path):
+    """A download costs nothing, whatever its size."""
     path, size = tmp_path / "large", 200 * 1024 * 1024
     with path.open("wb") as file:
         file.truncate(size)
     sizes = []
-    wire.send_head = lambda status, headers, body, more: sizes.append(len(body))
-    wire.send_body = lambda data, more: sizes.append(len(data))
+
+    async def send_file(file, offset, count):
+        sizes.append(count)
+
+    wire.send_file = send_file
     tracemalloc.start()
     try:
         send(Response.file(path))
@@ -308,31 +323,35 @@ def test_large_file_keeps_memory_flat(send, wire, tmp_path):
     finally:
         tracemalloc.stop()
 
-    assert sum(sizes) == size
-    assert peak < 2 * 1024 * 1024
+    assert sizes == [size]
+    assert peak < 1024 * 1024
 
 
-def test_file_that_shrinks_is_not_padded(send, wire, tmp_path):
-    """Fewer bytes than announced: the protocol refuses the end and the connection is cut."""
+def test_file_that_shrinks_is_not_padded(exchange_for, wire, tmp_path):
+    """Fewer bytes than announced: the wire says so, and the connection is cut."""
     path = tmp_path / "log"
-    path.write_bytes(b"x" * (2 * READ_SIZE))
+    path.write_bytes(b"x" * (2 * SMALL))
     original = wire.send_head
 
     def truncating(status, headers, body, more):
         original(status, headers, body, more)
-        os.truncate(path, READ_SIZE)
+        os.truncate(path, SMALL)
+
+    async def handler(_):
+        return Response.file(path)
 
     wire.send_head = truncating
-    send(Response.file(path))
+    with pytest.raises(ResponseError):
+        asyncio.run(HandlerGateway(handler, run_in_thread=None)(exchange_for()))
 
-    assert len(wire.body) == READ_SIZE
-    assert wire.header(b"content-length") == [b"%d" % (2 * READ_SIZE)]
+    assert wire.header(b"content-length") == [b"%d" % (2 * SMALL)]
+    assert not wire.complete
 
 
 def test_client_that_leaves_closes_the_file(exchange_for, wire, tmp_path, monkeypatch):
     """A descriptor for each aborted download would end the worker by the thousandth."""
     path = tmp_path / "large"
-    path.write_bytes(b"x" * (4 * READ_SIZE))
+    path.write_bytes(b"x" * (4 * SMALL))
     opened = []
     monkeypatch.setattr("prefork.gateway.handler.open_file", lambda p: opened.append(open_file(p)) or opened[-1])
 

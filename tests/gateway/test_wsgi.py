@@ -15,9 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefork.errors import ClientDisconnected, GatewayError, ResponseError
+from prefork.errors import ApplicationExited, ClientDisconnected, GatewayError, ResponseError
 from prefork.gateway.bridge import HIGH_WATER
+from prefork.gateway.threads import Threads
 from prefork.gateway.wsgi import WsgiGateway
+from prefork.protocol.events import Fields
 
 PATIENCE = 20  # seconds before a test that hangs is called a failure
 PIECE = b"x" * HIGH_WATER
@@ -34,15 +36,43 @@ def in_threads(pool):
     return lambda call: asyncio.get_running_loop().run_in_executor(pool, call)
 
 
-@pytest.fixture(params=["threads", "inline"])
-def run(request, pool):
-    """Run one exchange through an application, in both modes."""
-    run_in_thread = in_threads(pool) if request.param == "threads" else None
+@pytest.fixture(params=["threads", "inline", "begun in threads", "begun inline"])
+def run(request, pool, wire):
+    """Run one exchange through an application: in a task, or begun without one, as the worker does."""
 
     def runner(app, exchange, **options):
-        go(WsgiGateway(app, run_in_thread=run_in_thread, **options)(exchange))
+        match request.param:
+            case "threads":
+                go(WsgiGateway(app, run_in_thread=in_threads(pool), **options)(exchange))
+            case "inline":
+                go(WsgiGateway(app, run_in_thread=None, **options)(exchange))
+            case "begun in threads":
+                go(begin_in_threads(app, exchange, wire, **options))
+            case "begun inline":
+                go(begin(WsgiGateway(app, run_in_thread=None, **options), exchange, wire))
 
     return runner
+
+
+async def begin(gateway, exchange, wire, threads=None):
+    """What a connection does with *exchange*, until it is over. Raises what the application raised."""
+    rest = gateway.begin(exchange)
+    if rest is not None:
+        await rest
+    await asyncio.sleep(0)  # a body is looked for once more after this turn of the loop
+    if threads is not None:
+        await threads.wait(PATIENCE)
+    wire.calls[:] = [call for call in wire.calls if call != ("go_on",)]
+    while wire.tasks:
+        await wire.tasks.pop()
+
+
+async def begin_in_threads(app, exchange, wire, **options):
+    threads = Threads(2, asyncio.get_running_loop())
+    try:
+        await begin(WsgiGateway(app, run_in_thread=threads, **options), exchange, wire, threads)
+    finally:
+        threads.close()
 
 
 def go(coroutine):
@@ -234,6 +264,26 @@ def test_chunked_request_has_no_content_length_and_a_terminated_input(run, excha
     run(app, exchange_for("POST", body=[b"ab", b"c"], chunked=True))
 
     assert bodies == [b"abc"]
+
+
+def test_each_request_has_an_environ_of_its_own(exchange_for):
+    """Middleware writes into it, and what it leaves there must not reach the next request."""
+    seen = []
+
+    def app(environ, start_response):
+        seen.append(dict(environ))
+        environ["HTTP_X_USER"] = environ["PATH_INFO"] = "left behind"
+        return answering(b"")(environ, start_response)
+
+    gateway = WsgiGateway(app, run_in_thread=None)
+    fields = Fields([(b"host", b"example.org")])
+    for target in ("/a?x=1", "/b", "/a?x=1"):
+        exchange = exchange_for("GET", target)
+        exchange.request.fields = fields
+        go(gateway(exchange))
+
+    assert [(each["PATH_INFO"], each["QUERY_STRING"]) for each in seen] == [("/a", "x=1"), ("/b", ""), ("/a", "x=1")]
+    assert not any("HTTP_X_USER" in each for each in seen)
 
 
 # ---- the response ----
@@ -818,6 +868,180 @@ def test_call_that_no_thread_has_begun_is_withdrawn_with_its_exchange(exchange_f
     assert called == []
 
 
+# ---- begun without a task ----
+
+
+def begun(app, exchanges, wire, *, then=lambda threads: None):
+    """Begin *exchanges* in one turn of the loop, in two threads, and wait until all are over."""
+
+    async def scenario():
+        threads = Threads(2, asyncio.get_running_loop())
+        gateway = WsgiGateway(app, run_in_thread=threads)
+        for exchange in exchanges:
+            assert gateway.begin(exchange) is None
+        then(threads)
+        await threads.wait(PATIENCE)
+        results = await asyncio.gather(*wire.tasks, return_exceptions=True)
+        threads.close()
+        return results
+
+    return go(scenario())
+
+
+def test_ordinary_answer_of_a_thread_takes_no_task(exchange_for, wire):
+    """A task costs as much as the whole way to the thread and back."""
+    begun(answering(b"hello"), [exchange_for()], wire)
+
+    assert wire.calls == [("head", 200, [], b"hello", False)]
+
+
+def test_ordinary_answer_in_the_loop_takes_no_task(exchange_for, wire):
+    """It comes when this turn of the loop has read what there is, without one."""
+
+    async def scenario():
+        assert WsgiGateway(answering(b"hello"), run_in_thread=None).begin(exchange_for()) is None
+        await asyncio.sleep(0)
+
+    go(scenario())
+
+    assert wire.calls == [("head", 200, [], b"hello", False)]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_body_that_comes_with_its_head_needs_no_task(exchange_for, wire, count):
+    """A small form arrives in one segment; the pieces are fed after the exchange was begun."""
+    bodies = []
+
+    def app(environ, start_response):
+        bodies.append(environ["wsgi.input"].read())
+        return answering(b"thanks")(environ, start_response)
+
+    async def scenario():
+        threads = Threads(count, asyncio.get_running_loop()) if count else None
+        exchange = exchange_for("POST", content_length=4)
+        assert WsgiGateway(app, run_in_thread=threads).begin(exchange) is None
+        exchange.feed(b"ab")
+        exchange.feed(b"cd")
+        exchange.feed_end()
+        await asyncio.sleep(0)
+        if threads is not None:
+            await threads.wait(PATIENCE)
+            threads.close()
+
+    go(scenario())
+
+    assert (bodies, wire.body, wire.count("go_on")) == ([b"abcd"], b"thanks", 0)
+
+
+def test_answer_of_a_thread_does_not_wait_for_the_close_of_its_iterable(exchange_for, wire):
+    """Frameworks do in `close` what may take its time because the client has its answer."""
+    answered = threading.Event()
+
+    class Slow(Pieces):
+        def close(self):
+            assert answered.wait(PATIENCE)
+            super().close()
+
+    pieces = Slow([b"hello"])
+
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Length", "5")])
+        return pieces
+
+    original = wire.send_head
+    wire.send_head = lambda *head: (original(*head), answered.set())
+    begun(app, [exchange_for()], wire)
+
+    assert (wire.body, len(pieces.closed_in)) == (b"hello", 1)
+
+
+def test_threads_take_requests_that_wait_behind_one_that_blocks(exchange_for, wire):
+    """Handed over together, they must not be bound to one thread."""
+    released = threading.Event()
+
+    def app(environ, start_response):
+        if environ["PATH_INFO"] == "/blocks":
+            assert released.wait(PATIENCE)
+        elif environ["PATH_INFO"] == "/releases":
+            released.set()
+        return answering(b"x")(environ, start_response)
+
+    targets = ["/blocks", "/", "/", "/", "/releases"]
+    results = begun(app, [exchange_for("GET", target) for target in targets], wire)
+
+    assert (wire.body, results) == (b"xxxxx", [])
+
+
+def test_failure_of_one_answer_keeps_back_no_other(exchange_for, wire):
+    """They return to the loop together."""
+    wire.refuse = ResponseError("not HTTP")
+    results = begun(answering(b"x"), [exchange_for() for _ in range(5)], wire)
+
+    assert wire.body == b"xxxx"
+    assert [type(result) for result in results] == [ResponseError]
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_exit_in_a_thread_ends_its_request_only(exchange_for, wire, error):
+    """Out of a task it would end the event loop."""
+
+    def app(environ, start_response):
+        raise error
+
+    (result,) = begun(app, [exchange_for()], wire)
+
+    assert isinstance(result, ApplicationExited)
+    assert isinstance(result.__cause__, error)
+
+
+def test_leaving_worker_knows_what_its_threads_do_as_tasks(exchange_for, wire):
+    """So it can wait for them, count them and cut them off; their answers are the same."""
+    release = threading.Event()
+
+    def app(environ, start_response):
+        assert release.wait(PATIENCE)
+        return answering(b"x")(environ, start_response)
+
+    def leave(threads):
+        threads.drain()
+        assert wire.count("go_on") == 3
+        release.set()
+
+    results = begun(app, [exchange_for() for _ in range(3)], wire, then=leave)
+
+    assert (wire.body, results) == (b"xxx", [None] * 3)
+
+
+def test_call_that_is_cut_off_before_a_thread_has_begun_it_is_withdrawn(exchange_for, wire):
+    """The worker's time is over, and the threads are busy with others."""
+    release, called = threading.Event(), []
+
+    def app(environ, start_response):
+        called.append(environ["PATH_INFO"])
+        assert release.wait(PATIENCE)
+        return answering(b"x")(environ, start_response)
+
+    exchanges = [exchange_for("GET", target) for target in ("/1", "/2", "/3")]
+
+    async def scenario():
+        threads = Threads(2, asyncio.get_running_loop())
+        gateway = WsgiGateway(app, run_in_thread=threads)
+        for exchange in exchanges:
+            gateway.begin(exchange)
+        threads.drain()
+        await asyncio.sleep(0)  # the tasks are begun
+        wire.task_of[exchanges[2]].cancel()
+        await asyncio.wait([wire.task_of[exchanges[2]]])
+        release.set()
+        await threads.wait(PATIENCE)
+        await asyncio.wait(wire.tasks)
+        threads.close()
+
+    go(scenario())
+
+    assert sorted(called) == ["/1", "/2"]
+
+
 def test_application_that_keeps_its_input_cannot_read_on(exchange_for, pool):
     """The bytes that follow belong to the next request."""
     kept = []
@@ -912,9 +1136,13 @@ class Meter:
         self.wire = wire
         wire.send_head = lambda status, headers, body, more: self.count(body)
         wire.send_body = lambda data, more: self.count(data)
+        wire.send_file = self.send_file
         wire.drain = self.drain
         wire.is_writable = lambda: self.sends % 4 != 0
         self.sends = 0
+
+    async def send_file(self, file, offset, count):
+        self.size += count
 
     def count(self, data):
         self.sends += 1

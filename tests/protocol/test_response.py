@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefork.errors import ResponseError
-from prefork.protocol.response import Answer, answer
+from prefork.protocol.response import BodyWriter, answer
+
+
+@dataclass
+class Answer:
+    head: bytes
+    writer: BodyWriter
+    keep_alive: bool
 
 
 def make(status: int = 200, headers: Any = (), **settings: Any) -> Answer:
@@ -21,7 +29,8 @@ def make(status: int = 200, headers: Any = (), **settings: Any) -> Answer:
         "date": b"",
         "server": b"",
     }
-    return answer(status, headers, **(defaults | settings))
+    head, writer, keep_alive = answer(status, headers, **(defaults | settings))
+    return Answer(b"".join(head), writer, keep_alive)
 
 
 @pytest.mark.parametrize("bad", [b"a\rb", b"a\nb", b"a\r\nSet-Cookie: b", b"a\0b", b"\x01", b"a\x7f", b"a\r\n b"])
@@ -132,11 +141,11 @@ def test_application_may_close() -> None:
 
 
 def test_date_and_server_are_added_where_the_application_gave_none() -> None:
-    ours = make(204, date=b"now", server=b"us").head
-    theirs = make(204, [(b"Date", b"then"), (b"Server", b"them")], date=b"now", server=b"us").head
+    ours = make(204, date=b"date: now\r\n", server=b"server: us\r\n").head
+    theirs = make(204, [(b"Date", b"then"), (b"Server", b"them")], date=b"date: now\r\n", server=b"server: us\r\n").head
 
     assert ours == b"HTTP/1.1 204 No Content\r\ndate: now\r\nserver: us\r\n\r\n"
-    assert theirs == b"HTTP/1.1 204 No Content\r\nDate: then\r\nServer: them\r\n\r\n"
+    assert theirs == b"HTTP/1.1 204 No Content\r\ndate: then\r\nserver: them\r\n\r\n"
 
 
 @pytest.mark.parametrize("value", [b"", b"-1", b"+1", b"1_0", b"0x1", b"1, 1", b"a", b"1" * 20])
