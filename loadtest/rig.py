@@ -1,11 +1,11 @@
-"""The rig: servers by name, started on a free port of the loopback interface, and wrk.
+"""The rig: servers by name, started on a free port of the loopback interface, and the load.
 
 A `Launch` says how a server is started and how its log tells of a worker that comes.
-`Rig` knows the environment that they are installed in and starts them; servers are
-ended by their pid when their `with` ends, and wrk ends by itself.
+`Rig` knows the environments that they are installed in and starts them; servers are
+ended by their pid when their `with` ends, and what makes the load ends by itself.
 
-prefork and its peers run on one interpreter, that of the environment given by
-`--peers`, so that a difference is the servers' own.
+prefork and its peers run on one interpreter, each in its own environment (see
+`peers`), so that a difference is the servers' own.
 """
 
 from __future__ import annotations
@@ -14,24 +14,38 @@ import argparse
 import json
 import os
 import platform
+import random
 import re
+import resource
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadtest.peers import Environments, add_arguments
+from loadtest.results import Sample, aligned, parse_wrk
+from loadtest.scenarios import Scenario
 from tests.harness.load import PREFORK
 from tests.harness.server import Server
 
 # From a server's start to its first answer, in seconds. Granian's four workers need about two.
 START = 30.0
 
-PACKAGES = ("prefork", "uvicorn", "gunicorn", "granian", "hypercorn", "h11", "httptools", "uvloop")
+PACKAGES = ("prefork", "uvicorn", "gunicorn", "granian", "hypercorn")
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = Path(__file__).resolve().parent / "scripts"
+
+
+# Below the range from which Linux takes the ports of outgoing connections (ip_local_port_range),
+# and begun anywhere in it, since two races may run at once.
+PORTS = iter(range(random.randrange(15000, 25000), 32000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,67 +87,53 @@ def hypercorn(name: str, app: str, workers: int, more: str = "") -> Launch:
 
 
 class Rig:
-    """One environment with prefork and those of its peers that are installed in it."""
+    """The environments of prefork and of those of its peers that are installed."""
 
-    def __init__(self, environment: Path | None) -> None:
-        """*environment* is a virtual environment's directory; without one, our own interpreter's."""
-        self._python = str(environment / "bin" / "python") if environment else sys.executable
-        self.versions = self._ask_versions()
+    def __init__(self, environments: Environments) -> None:
+        self.environments = environments
 
     @classmethod
     def from_arguments(cls, parser: argparse.ArgumentParser) -> tuple[Rig, argparse.Namespace]:
         """The rig that the command line asks for, after it has said where and with what it runs."""
-        parser.add_argument("--peers", type=Path, metavar="DIR", help="virtual environment with prefork and its peers")
+        add_arguments(parser)
         arguments = parser.parse_args()
-        rig = cls(arguments.peers)
-        settings = {name: value for name, value in vars(arguments).items() if name != "peers"}
-        rig._announce(settings)
+        rig = cls(Environments.of(arguments.python, arguments.peers))
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("peers", "python")}
+        print("machine:", machine())
+        print("versions:", rig.versions(dict.fromkeys(PACKAGES)))
+        print("settings:", ", ".join(f"{name} {value}" for name, value in settings.items() if value != ""))
         return rig, arguments
+
+    def versions(self, packages: Iterable[str]) -> str:
+        """CPython's and those of what is installed of *packages*, with what each leans on."""
+        told = [f"CPython {self.environments.version}"]
+        for package in packages:
+            first, *others = [f"{name} {version}" for name, version in self.environments.versions(package).items()] or [
+                ""
+            ]
+            told += [f"{first} ({', '.join(others)})" if others else first] if first else []
+        return ", ".join(told)
 
     def installed(self, launches: Iterable[Launch]) -> list[Launch]:
         """Those of *launches* that can be started; says which can not."""
         chosen = []
         for launch in launches:
-            if launch.package in self.versions:
+            if self.environments.has(launch.package):
                 chosen.append(launch)
             else:
-                print(f"left out: {launch.name}, which is not installed for {self._python}")
+                print(f"left out: {launch.name}, which is not in {self.environments.home}: see loadtest.peers")
         return chosen
 
     @contextmanager
-    def start(self, launch: Launch, *, workers: int = 1, core: int | None = None) -> Iterator[Running]:
-        """*launch*, once it answers and *workers* workers have come; on *core* only, if given."""
-        port = _free_port()
-        pinned = [] if core is None else ["taskset", "-c", str(core)]
-        command = [*pinned, self._python, "-m", launch.package, *launch.arguments.format(port=port).split()]
+    def start(self, launch: Launch, *, workers: int = 1) -> Iterator[Running]:
+        """*launch*, once it answers and *workers* workers have come."""
+        port = free_port()
+        python = str(self.environments.python(launch.package))
+        command = [python, "-m", launch.package, *launch.arguments.format(port=port).split()]
         with Server(None, command=command) as server:
             server.wait_for(launch.arrival, workers, START)
-            _wait_until_answered(server, port)
+            wait_until_answered(server, port)
             yield Running(launch, server, port)
-
-    def _ask_versions(self) -> dict[str, str]:
-        program = (
-            "import json, sys\nfrom importlib import metadata\nfound = {}\n"
-            f"for name in {PACKAGES!r}:\n"
-            "    try: found[name] = metadata.version(name)\n"
-            "    except metadata.PackageNotFoundError: pass\n"
-            "print(json.dumps([sys.version.split()[0], found]))"
-        )
-        answer = subprocess.run(
-            [self._python, "-c", program], capture_output=True, text=True, check=True, timeout=START
-        )
-        self._python_version, versions = json.loads(answer.stdout)
-        return versions
-
-    def _announce(self, settings: dict[str, object]) -> None:
-        model = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        load = os.getloadavg()[0]
-        print(
-            f"machine: {os.cpu_count()} cores, {model[1] if model else platform.machine()}, Linux {platform.release()}, "
-            f"load average {load:.2f} before we began"
-        )
-        print("versions:", ", ".join(f"{k} {v}" for k, v in {"CPython": self._python_version, **self.versions}.items()))
-        print("settings:", ", ".join(f"{name} {value}" for name, value in settings.items() if value != ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,57 +145,106 @@ class Running:
     port: int
 
 
-def wrk(port: int, *, seconds: int, connections: int, core: int, headers: Sequence[str] = ()) -> float:
-    """Requests a second that wrk sees from one thread on *core*. Raises SystemExit if an answer was not a 2xx."""
-    command = ["taskset", "-c", str(core), "wrk", "-t1", f"-c{connections}", f"-d{seconds}s"]
-    command += [argument for header in headers for argument in ("-H", header)]
-    command.append(f"http://127.0.0.1:{port}/")
-    for tool, package in (("wrk", "wrk"), ("taskset", "util-linux")):
+def wrk(url: str, scenario: Scenario, *, seconds: int, core: int) -> Sample:
+    """What wrk sees from one thread on *core*. Raises ValueError if it is no result, or not one of 2xx answers."""
+    command = ["taskset", "-c", str(core), "wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--latency"]
+    command += [argument for header in scenario.headers for argument in ("-H", header)]
+    name, *arguments = scenario.script or ("",)
+    if name:
+        command += ["-s", str(SCRIPTS / f"{name}.lua")]
+    command += [url, "--", *arguments]
+    output, busy = _timed(command, seconds)
+    return parse_wrk(output, busy)
+
+
+def own_client(port: int, scenario: Scenario, *, seconds: int, core: int) -> Sample:
+    """What client.py sees on *core*, in megabytes a second for a download. Raises ValueError if the server fails."""
+    command = ["taskset", "-c", str(core), sys.executable, "-m", "loadtest.client", scenario.tool, str(port)]
+    command += [f"--seconds={seconds}", f"--connections={scenario.connections}"]
+    if scenario.size:
+        command += [f"--size={scenario.size}", f"--window={scenario.window}"]
+    result = json.loads(_timed(command, seconds)[0])
+    rate = result["count"] / result["seconds"]
+    return Sample(rate / 1e6 if scenario.tool == "download" else rate, result["p99"], result["busy"])
+
+
+def _timed(command: list[str], seconds: int) -> tuple[str, float]:
+    """What *command* printed, and the share of *seconds* in which it had a processor."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + START, check=False, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise ValueError((done.stderr or done.stdout).strip().rpartition("\n")[2])
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.stdout, used / seconds
+
+
+def need_tools() -> None:
+    """Raises SystemExit for a tool that is missing."""
+    for tool, package in (("wrk", "wrk"), ("taskset", "util-linux"), ("openssl", "openssl")):
         if shutil.which(tool) is None:
             raise SystemExit(f"{tool} is not installed: apt-get install {package}")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + START, check=True)
-    if "Non-2xx" in done.stdout:
-        raise SystemExit(f"the server does not answer as it should\n{done.stdout}")
-    if errors := re.search(r"Socket errors:.*", done.stdout):
-        print(f"port {port}: {errors[0]}")
-    rate = re.search(r"Requests/sec:\s+([\d.]+)", done.stdout)
-    assert rate, done.stdout
-    return float(rate[1])
 
 
 def two_cores() -> tuple[int, int]:
-    """One for the server and one for wrk."""
+    """One for the server and one for the load."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
-        raise SystemExit("two cores are needed, one for the server and one for wrk, and this process may use one")
+        raise SystemExit("two cores are needed, one for the server and one for the load, and this process may use one")
     return cores[0], cores[1]
 
 
+def machine() -> str:
+    model = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return (
+        f"{os.cpu_count()} cores, {model[1] if model else platform.machine()}, Linux {platform.release()}, "
+        f"load average {os.getloadavg()[0]:.2f} before we began"
+    )
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print *rows* under *head*, the first column to the left and the others to the right."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    for line in lines:
-        first, *others = line
-        print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]))
+    """Print *rows* under *head*."""
+    print("\n".join(aligned([head, *rows])))
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def free_port() -> int:
+    """A port that is free now, was not given before, and is none that a client's connection takes by itself."""
+    for port in PORTS:
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise SystemExit("no free port is left on 127.0.0.1")
 
 
-def _wait_until_answered(server: Server, port: int) -> None:
-    """Some servers tell that a worker comes before it serves."""
+def wait_until_answered(server: Server, port: int, *, answer: bytes = b"HTTP/1.1 200 ", tls: bool = False) -> None:
+    """Until a request is answered: some servers tell that a worker comes before it serves.
+
+    Raises ServerSilent if it ends, or gives no such answer in time.
+    """
     end = time.monotonic() + START
     while time.monotonic() < end and server.process.poll() is None:
-        try:
-            with socket.create_connection(("127.0.0.1", port), START) as sock:
-                sock.sendall(b"GET / HTTP/1.1\r\nHost: rig\r\nConnection: close\r\n\r\n")
-                if sock.recv(100).startswith(b"HTTP/1.1 200 "):
-                    return
-        except OSError:
-            pass
+        with suppress(OSError):
+            if _ask(port, tls).startswith(answer):
+                return
+        server.log  # noqa: B018 - reads it, so that the server is not held up by a full pipe
         time.sleep(0.05)
-    raise SystemExit(f"the server on port {port} does not answer\n{server.log}")
+    raise ServerSilent(server.log)
+
+
+class ServerSilent(Exception):
+    """A server does not answer; the argument is its log."""
+
+
+def _ask(port: int, tls: bool) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), START) as plain:
+        sock = plain
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            sock = context.wrap_socket(plain)
+        with sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: rig\r\nConnection: close\r\n\r\n")
+            first = sock.recv(100)
+            while sock.recv(1 << 20):  # to the end, so that nothing of it is left to do when the race begins
+                pass
+            return first
