@@ -20,6 +20,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -264,7 +265,7 @@ class Track:
     def _measure(self, runner: Runner, samples: dict[str, list[Sample]], *, is_warm_up: bool) -> bool:
         """Whether it went well."""
         scenario = self._scenario
-        before = processor_time(runner.server.group)
+        before, start = processor_time(runner.server.group), time.monotonic()
         try:
             if scenario.tool == "wrk":
                 url = f"{'https' if scenario.tls else 'http'}://127.0.0.1:{runner.port}/"
@@ -274,9 +275,10 @@ class Track:
         except (ValueError, subprocess.TimeoutExpired) as exc:
             print(f"left out: {runner.entry.name} in {scenario.name}: {exc}", flush=True)
             return False
+        elapsed = time.monotonic() - start
         if not is_warm_up:
             used = processor_time(runner.server.group) - before
-            samples[runner.entry.name].append(replace(sample, server=used / self._seconds))
+            samples[runner.entry.name].append(replace(sample, server=used / elapsed))
         return True
 
 

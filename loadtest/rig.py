@@ -169,14 +169,15 @@ def own_client(port: int, scenario: Scenario, *, seconds: int, core: int) -> Sam
 
 
 def _timed(command: list[str], seconds: int) -> tuple[str, float]:
-    """What *command* printed, and the share of *seconds* in which it had a processor."""
+    """What *command* printed, and the share of its time in which it had a processor; it should take *seconds*."""
+    start = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + START, check=False, cwd=ROOT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise ValueError((done.stderr or done.stdout).strip().rpartition("\n")[2])
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done.stdout, used / seconds
+    return done.stdout, used / (time.monotonic() - start)
 
 
 def need_tools() -> None:

@@ -20,7 +20,10 @@ import os
 import re
 import select
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
+from select import PIPE_BUF
 
 from prefork.errors import ConfigError, did_you_mean, reason_of
 
@@ -113,6 +116,8 @@ def configure(
 def reopen() -> None:
     """Reopen the error log's file and every open access log (USR1, after logrotate has moved them)."""
     outputs = [handler.output for handler in logger.handlers if isinstance(handler, ErrorLog)]
+    for access_log in _access_logs:
+        access_log.flush()
     for output in outputs + [log.output for log in _access_logs]:
         try:
             output.reopen()
@@ -170,11 +175,20 @@ class JSONLines(logging.Formatter):
 
 
 class AccessLog:
-    """One line per response. Made once per process; `log` is on the hot path."""
+    """One line per response. Made once per process; `log` is on the hot path.
+
+    Each line is written at once, or with a *defer* (`loop.call_soon`) those of one turn of
+    the loop together, and with the time of the first. Then `flush` before the loop ends.
+    """
+
+    defer: Callable[[Callable[[], None]], object] | None = None
 
     def __init__(self, output: Output, log_format: str = "text") -> None:
         self.output = output
         self._line = _access_json if log_format == "json" else _access_text
+        self._lines: list[str] = []
+        self._size = 0  # characters
+        self._now = ""
         _access_logs.append(self)
 
     @classmethod
@@ -204,11 +218,28 @@ class AccessLog:
 
         *client* is None on a unix socket; *target* is as it stood on the wire, *version* "1.1".
         """
-        now = timestamp(time.time())
-        line = self._line(now, client[0] if client else "-", method, target, version, status, size, seconds, worker)
-        self.output.write(line.encode("ascii", "backslashreplace"))
+        if not self._lines:
+            self._now = timestamp(time.time())
+            if self.defer is not None:
+                self.defer(self.flush)
+        line = self._line(
+            self._now, client[0] if client else "-", method, target, version, status, size, seconds, worker
+        )
+        if self._size + len(line) > PIPE_BUF:
+            self.flush()
+        self._lines.append(line)
+        self._size += len(line)
+        if self.defer is None:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was deferred."""
+        lines, self._lines, self._size = self._lines, [], 0
+        if lines:
+            self.output.write("".join(lines).encode("ascii", "backslashreplace"))
 
     def close(self) -> None:
+        self.flush()
         _access_logs.remove(self)
         self.output.close()
 
@@ -220,10 +251,12 @@ _access_logs: list[AccessLog] = []
 def _access_text(
     now: str, client: str, method: str, target: bytes, version: str, status: int, size: int, seconds: float, worker: int
 ) -> str:
-    request = f"{method} {target.decode('latin-1')}"
-    if _UNQUOTABLE.search(request):
-        request = _UNQUOTABLE.sub(_escape, request)
-    return f'{now} {client} "{request} HTTP/{version}" {status} {size} {seconds:.6f} worker {worker}\n'
+    return f'{now} {client} "{_quoted(method, target)} HTTP/{version}" {status} {size} {seconds:.6f} worker {worker}\n'
+
+
+@lru_cache(maxsize=256)  # targets repeat; those that do not push one another out
+def _quoted(method: str, target: bytes) -> str:
+    return _UNQUOTABLE.sub(_escape, f"{method} {target.decode('latin-1')}")
 
 
 def _access_json(

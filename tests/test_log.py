@@ -322,3 +322,20 @@ def test_an_access_log_that_cannot_be_opened_names_the_setting(tmp_path):
     """Two logs, two settings: the message says which."""
     with pytest.raises(ConfigError, match="access_log '.*' cannot be opened: is a directory"):
         AccessLog.open(str(tmp_path))
+
+
+def test_deferred_lines_leave_together_in_pieces_that_a_pipe_keeps_whole(tmp_path):
+    """A system call per line would cost more than the rest of it; workers share the pipe, so it must not tear lines."""
+    path, later = tmp_path / "access.log", []
+    log = AccessLog.open(str(path))
+    log.defer = later.append
+    for _ in range(100):
+        log.log(("192.0.2.1", 1), "GET", b"/" + b"x" * 50, "1.1", 200, 3, 0.001, 1)
+    written = path.read_bytes()
+
+    assert len(later) >= 1
+    assert written.endswith(b"\n")
+    assert 0 < written.count(b"\n") < 100
+    log.flush()
+    assert path.read_bytes().count(b"\n") == 100
+    log.close()

@@ -205,6 +205,8 @@ class Conversation:
         if type(status) is not int and (not isinstance(status, int) or isinstance(status, bool)):
             raise GatewayError(f"'status' of {START!r} is {_kind(status)}, an int was expected")
         headers = message.get("headers", ())
+        if type(headers) is not list and isinstance(headers, Iterable):
+            headers = tuple(headers)  # it may be one that can be read once only
         try:
             self._exchange.start(status, headers)
         except (ResponseError, TypeError):

@@ -240,9 +240,10 @@ class Exchange:
             # A head that HTTP forbids leaves nothing on the wire, so it stays unsent and `fail` can still answer 500.
             self._wire.send_head(self.status, self._head, data, more)
             self._has_sent_head = True
-        if not more:
-            self._conclude()
-        return more and not self._wire.is_writable()
+        if more:
+            return not self._wire.is_writable()
+        self._conclude()
+        return False
 
     async def drain(self) -> None:
         """Wait until the client has taken enough. Raises ClientDisconnected when it is gone."""
@@ -301,7 +302,8 @@ class Exchange:
 
     def _conclude(self) -> None:
         self.responded = True
-        self._paused = False  # the wire may be in its next exchange, whose pause is not ours to end
+        if self._paused:
+            self._paused = False  # the wire may be in its next exchange, whose pause is not ours to end
         if self._waiter is not None:
             self._wake()
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Ma
 from typing import IO, Any, cast
 from urllib.parse import parse_qsl, unquote
 
-from prefork.errors import GatewayError, MalformedBody
+from prefork.errors import GatewayError, MalformedBody, ResponseError
 from prefork.gateway.exchange import Exchange
 from prefork.gateway.file import File, guess_content_type
 from prefork.protocol.events import Headers as RawHeaders
@@ -263,12 +263,11 @@ class Response:
         self.status = status if type(status) is int and 200 <= status <= 999 else _status(status)
         default_type = TEXT if isinstance(body, str) else BINARY if body else None
         self.body: bytes | File | Iterable[bytes] | AsyncIterable[bytes] = body if type(body) is bytes else _body(body)
-        items = tuple(headers.items()) if type(headers) is dict else headers
-        try:
-            known = _known.get((items, content_type, default_type))
-        except TypeError:  # headers in a list, say
-            known = None
-        self._fields: FieldLines | Headers = known or _learn(items, content_type, default_type)
+        self._fields: FieldLines | Headers
+        if headers is None or type(headers) is dict:
+            self._fields = _recall(tuple(headers.items()) if headers else (), content_type, default_type)
+        else:
+            self._fields = _headers(headers, content_type, default_type)
 
     @property
     def headers(self) -> Headers:
@@ -314,16 +313,32 @@ class Response:
 _known: Memory[tuple[object, str | None, str | None], FieldLines] = Memory()
 
 
-def _learn(items: Any, content_type: str | None, default_type: str | None) -> FieldLines | Headers:
+def _recall(items: tuple[tuple[str, str], ...], content_type: str | None, default_type: str | None) -> FieldLines:
+    key = (items, content_type, default_type)
+    try:
+        known = _known.get(key)
+    except TypeError:  # a value that is no text, for which there are words
+        known = None
+    if known is None:
+        known = _lines(_headers(items, content_type, default_type))
+        _known.remember(key, known, len(known.lines))
+    return known
+
+
+def _headers(items: HeaderItems, content_type: str | None, default_type: str | None) -> Headers:
     headers = Headers(items)
     if content_type is not None:
         headers["content-type"] = content_type
     elif default_type is not None and "content-type" not in headers:
         headers["content-type"] = default_type
-    if items is not None and type(items) is not tuple:
-        return headers
-    fields = field_lines(headers.raw)
-    return _known.remember((items, content_type, default_type), fields, len(fields.lines))
+    return headers
+
+
+def _lines(headers: Headers) -> FieldLines:
+    try:
+        return field_lines(headers.raw)
+    except ResponseError as exc:
+        raise GatewayError(str(exc)) from exc
 
 
 def as_response(result: object) -> Response:

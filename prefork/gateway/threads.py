@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -133,7 +134,7 @@ class Threads:
     def _work(self) -> None:
         get, worked = self._queue.get, self._worked
         while job := get():
-            job.work()
+            copy_context().run(job.work)  # what a job sets in context variables ends with it
             worked.append(job)
             del job  # or the last request would live until the next one
             self._announce()

@@ -29,6 +29,11 @@ QUEUE_LOW_WATER = QUEUE_HIGH_WATER // 4
 QUEUE_HIGH_WATER_BYTES = 64 * 1024
 QUEUE_LOW_WATER_BYTES = QUEUE_HIGH_WATER_BYTES // 4
 
+# What may be sent without a wait before the loop gets a turn, in bytes, of which each message counts as some more.
+# A client that takes everything at once never makes a `send` wait: nobody else would be served, nor its end be heard of.
+TURN_BYTES = 128 * 1024
+TURN_BYTES_PER_MESSAGE = 2 * 1024
+
 NORMAL = 1000
 LOST = 1006
 INTERNAL_ERROR = 1011
@@ -43,7 +48,7 @@ class WebSocketWire(Protocol):
         """Send the 101 and take the connection over. Raises ResponseError, and ClientDisconnected."""
 
     def send(self, data: str | bytes) -> None:
-        """Send one message. Does not wait."""
+        """Send one message. Does not wait. Raises WebSocketDisconnected once the transport is closing."""
 
     def is_writable(self) -> bool:
         """False above the transport's high-water mark: `await drain()` before the next message."""
@@ -74,6 +79,7 @@ class WebSocketExchange:
         "_held",
         "_is_full",
         "_messages",
+        "_turn",
         "_waiters",
         "_wire",
         "disconnected",
@@ -93,6 +99,7 @@ class WebSocketExchange:
         self._messages: deque[str | bytes] = deque()
         self._held = 0  # their size
         self._is_full = False
+        self._turn = TURN_BYTES  # what is left of it
         self._waiters: deque[asyncio.Future[None]] = deque()
 
     # ---- the wire feeds ----
@@ -155,17 +162,26 @@ class WebSocketExchange:
         return message
 
     async def send(self, data: str | bytes) -> None:
-        """Send a message, and wait while the client is slower than the application."""
+        """Send a message, and wait while the client is slower than the application.
+
+        It goes out before any wait, so that the messages of several tasks keep their order.
+        """
         if self.state is not State.OPEN:
             self._expect(State.OPEN, "sent to")
         if self.disconnected is not None:
             raise self._disconnection()
         wire = self._wire
         wire.send(data)
-        if not wire.is_writable():
+        self._turn -= len(data) + TURN_BYTES_PER_MESSAGE
+        if self._turn > 0 and wire.is_writable():
+            return
+        self._turn = TURN_BYTES
+        if wire.is_writable():
+            await asyncio.sleep(0)
+        else:
             await wire.drain()
-            if self.disconnected is not None:
-                raise self._disconnection()
+        if self.disconnected is not None:
+            raise self._disconnection()
 
     def close(self, code: int, reason: str) -> None:
         """Begin to close with *code*; unread messages are dropped. Before the accept it denies with 403."""
@@ -217,6 +233,7 @@ class WebSocketExchange:
 
     async def _wait(self) -> None:
         """Until something came. Each receiver has a future of its own, so that cancelling one loses nothing."""
+        self._turn = TURN_BYTES
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         try:

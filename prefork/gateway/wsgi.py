@@ -48,6 +48,7 @@ class WsgiGateway:
         self._app = app
         self._run_in_thread = run_in_thread
         self._threads = run_in_thread if isinstance(run_in_thread, Threads) else None
+        self._context = copy_context()  # no request's
         self._turn = Turn()
         self._begun: list[Exchange] = []  # in this turn of the loop, to be called in its thread
         constants: Environ = {
@@ -146,7 +147,7 @@ class WsgiGateway:
         environ = self._make_environ(exchange)
         environ["wsgi.input"] = body
         answer = Answer(exchange)
-        context = copy_context()
+        context = self._context.copy()
         loop = asyncio.get_running_loop()
         asyncio._set_running_loop(None)  # as in `outside_the_loop`, without its closure
         try:

@@ -21,7 +21,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self, cast
 
 from prefork.errors import ConfigError
 from prefork.net.proxy import Endpoint, ProxyHeader, plain_address
@@ -34,7 +34,8 @@ FOR = "x-forwarded-for"
 PROTO = "x-forwarded-proto"
 X_FORWARDED = (FOR, PROTO)
 
-SCHEMES = frozenset({"http", "https", "ws", "wss"})
+# Some proxies tell the scheme of a WebSocket's URL. That a connection is for one is told by its request.
+SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}
 
 # More proxies than these do not stand in a row; a client that invents a list of them gains nothing.
 MOST_HOPS = 32
@@ -107,10 +108,16 @@ class Forwarded:
     """What trusted proxies say of a request; None: nothing that counts. Port 0 of *client*: not told."""
 
     client: Endpoint | None = None
-    scheme: str | None = None  # http, https, ws or wss
+    scheme: str | None = None  # http or https
 
 
 NOTHING = Forwarded()
+
+
+class Block(Protocol):
+    """What requests with equal fields share."""
+
+    forwarded: object  # None: not looked for yet
 
 
 class Forwarding:
@@ -126,7 +133,8 @@ class Forwarding:
         self._is_standard = FORWARDED.encode() in self._names
         if self._is_standard and len(self._names) > 1:
             raise ConfigError("forwarded and x-forwarded-... exclude each other: which would win?")
-        self._remembered: dict[object, Forwarded] = {}
+        self._remembered: dict[tuple[tuple[bytes, bytes], ...], Forwarded] = {}
+        self._peers: dict[str | None, bool] = {}  # whether they are trusted
 
     def trusts(self, client: Endpoint | None, proxied: ProxyHeader | None = None) -> bool:
         """Whether the fields of requests from *client* (None: on a unix socket) are obeyed: asked once per connection.
@@ -138,20 +146,26 @@ class Forwarding:
             return False
         if proxied is not None and not proxied.is_local and proxied.client is None:
             return False
-        return (None if client is None else client[0]) in self._trusted
+        peer = None if client is None else client[0]
+        is_trusted = self._peers.get(peer)
+        if is_trusted is None:
+            if len(self._peers) >= MOST_REMEMBERED:
+                self._peers.clear()
+            is_trusted = self._peers[peer] = peer in self._trusted
+        return is_trusted
 
     def apply(
-        self, client: Endpoint | None, scheme: str, headers: Fields, block: object = None
+        self, client: Endpoint | None, scheme: str, headers: Fields, block: Block | None = None
     ) -> tuple[Endpoint | None, str]:
         """Client and scheme of a request whose peer is trusted; *client* and *scheme* are the connection's own.
 
-        *block* stands for *headers*: requests that share it have equal ones.
+        *block* keeps what *headers* say: requests that share it have equal ones.
         """
-        told = self._remembered.get(block)
+        told = None if block is None else cast("Forwarded | None", block.forwarded)
         if told is None:
             told = self.resolve(headers)
             if block is not None:
-                self._remember(block, told)
+                block.forwarded = told
         return told.client or client, told.scheme or scheme
 
     def resolve(self, headers: Fields) -> Forwarded:
@@ -164,13 +178,10 @@ class Forwarding:
         if told is None:
             told = self._resolve(found)
             if sum(len(value) for _, value in found) <= LONGEST_REMEMBERED:
-                self._remember(found, told)
+                if len(self._remembered) >= MOST_REMEMBERED:
+                    self._remembered.clear()
+                self._remembered[found] = told
         return told
-
-    def _remember(self, key: object, told: Forwarded) -> None:
-        if len(self._remembered) >= MOST_REMEMBERED:
-            self._remembered.clear()
-        self._remembered[key] = told
 
     def _resolve(self, found: Fields) -> Forwarded:
         values: dict[bytes, str] = {}
@@ -291,5 +302,4 @@ def _parse_node(text: str, *, bare_ipv6: bool) -> Endpoint | None:
 
 
 def _scheme(text: str | None) -> str | None:
-    scheme = (text or "").lower()
-    return scheme if scheme in SCHEMES else None
+    return SCHEMES.get((text or "").lower())

@@ -112,7 +112,17 @@ class TLS:
         self._served = self._seen = self._stamps()
         self._pem = PEM.read(files)
         self._chooser = self._choose_among(self._pem)
-        self.context = self._make_front(self._pem)
+        self._front = self._make_front(self._pem)
+
+    @property
+    def context(self) -> ServerContext:
+        """To wrap the next connection with."""
+        # With a client CA every connection is to be checked anew, and TLS 1.2 resumes even without tickets, for
+        # two hours, from the front's cache. Python cannot turn that off, but a new front has an empty one. So only
+        # who connected before a session began can resume it, and that within the time for a handshake.
+        if self._files.client_ca is not None and self._front.session_stats()["number"]:
+            self._front = self._make_front(self._pem)
+        return self._front
 
     def renew(self) -> PEM | None:
         """Serve what the files hold, if it has changed: then it is returned, for `adopt` in other processes.
@@ -135,7 +145,7 @@ class TLS:
         chooser = self._choose_among(pem)
         if self._files.client_ca is not None:
             # Whom it trusts is a matter of the front. No ticket is lost, see `_plain_context`.
-            self.context = self._make_front(pem)
+            self._front = self._make_front(pem)
         self._chooser, self._pem = chooser, pem
 
     def _stamps(self) -> list[tuple[int, ...] | None]:
@@ -181,7 +191,8 @@ class TLS:
         if pem.client_ca is not None:
             _trust(context, pem.client_ca, str(self._files.client_ca))
             context.verify_mode = ssl.CERT_REQUIRED if self._files.is_client_cert_required else ssl.CERT_OPTIONAL
-            # A ticket would let in a client whose certificate has expired or is no longer trusted.
+            # A ticket would let in a client whose certificate has expired or is no longer trusted; so would the
+            # cache that TLS 1.2 uses without them, see `context`.
             context.options |= ssl.OP_NO_TICKET
             context.num_tickets = 0
         return context
@@ -195,7 +206,7 @@ def tls_extension(connection: ssl.SSLObject | ssl.SSLSocket) -> dict[str, Any]:
     context = connection.context
     return {
         "server_cert": context.certificate if isinstance(context, ServerContext) else None,
-        "client_cert_chain": [ssl.DER_cert_to_PEM_cert(der) for der in chain],
+        "client_cert_chain": tuple(ssl.DER_cert_to_PEM_cert(der) for der in chain),
         "client_cert_name": subject(chain[0]) if chain else None,
         "client_cert_error": None,  # a certificate that is not good ends the handshake
         "tls_version": _VERSION_NUMBERS.get(version or ""),

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 # Tags of X.690 and of RFC 5280, appendix A.
 _SEQUENCE = 0x30
-_OBJECT_ID = 0x06
 _OCTET_STRING = 0x04
 _VERSION = 0xA0  # [0], explicit, may be missing
 _EXTENSIONS = 0xA3  # [3], explicit

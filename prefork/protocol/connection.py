@@ -30,7 +30,7 @@ from prefork.protocol.fast import NO_BODY, ChooseCycle, choose_cycle
 from prefork.protocol.full import BodyReader
 from prefork.protocol.head import HeadRefused, Refused, head_parser, too_large
 from prefork.protocol.limits import Limits
-from prefork.protocol.response import BODILESS, CHUNKED, CONTINUE, BodyWriter, Field, answer, interim, last_chunk
+from prefork.protocol.response import BODILESS, CHUNKED, CONTINUE, WHOLE, BodyWriter, Field, answer, interim, last_chunk
 
 # Bytes of body above which it is not copied to stand behind its head: two writes cost less.
 JOINED = 16 * 1024
@@ -192,11 +192,13 @@ class Connection:
             method=request.method,
             version=request.version,
             # A body that may or may not come cannot be told from a next request.
-            keep_alive=(self.keep_alive if self._is_ending else request.keep_alive) and not self.wants_continue,
+            keep_alive=(self.keep_alive if self._is_ending else request.keep_alive)
+            and not (self._wants_continue and self.wants_continue),
             date=date,
             server=self._server,
         )
-        body = writer.write(body, more)
+        if writer is not WHOLE:
+            body = writer.write(body, more)
         self._writer = writer
         if not keep_alive:
             self._last = self._is_ending = True
@@ -326,6 +328,11 @@ class Connection:
         if self._last or self._over or (self._eof and self._at == len(self._buffer)):
             return False
         return self._request is None or self._request.keep_alive
+
+    @property
+    def unread(self) -> int:
+        """Bytes of the request's body that were not told of, as far as that is known: 0 for a chunked one."""
+        return self._reader.left if self._reading is Reading.BODY else 0
 
     @property
     def is_unexpected_end(self) -> bool:

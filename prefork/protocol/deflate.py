@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 
-from websockets.exceptions import InvalidHeader, NegotiationError, ProtocolError
+from websockets.exceptions import InvalidHeader, NegotiationError, PayloadTooBig, ProtocolError
 from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
 from websockets.frames import Frame, Opcode
 from websockets.headers import build_extension, parse_extension
@@ -64,10 +64,20 @@ class Deflate:
     So a stream that has ended is followed by a new one; one that ends elsewhere is an error.
     """
 
-    __slots__ = ("_extension",)
+    __slots__ = ("_extension", "_growth")
 
     def __init__(self, extension: PerMessageDeflate) -> None:
         self._extension = extension
+        self._growth = 0
+
+    def allow_growth(self, max_size: int) -> int:
+        """What a message of up to *max_size* bytes may have on the wire; also the limit that `decode` expects.
+
+        What cannot be compressed grows. In stored blocks that is five bytes for each 16 KB, and for each
+        127 bytes with the least memory; in the fixed code an eighth, which is the worst of zlib's.
+        """
+        self._growth = max_size // 8 + 64
+        return max_size + self._growth
 
     def deflate(self, payload: bytes) -> bytes:
         """The payload of a whole compressed message."""
@@ -75,17 +85,23 @@ class Deflate:
 
     def inflate(self, payload: bytes, max_size: int) -> bytes:
         """The other way. Raises PayloadTooBig above *max_size* bytes, and ProtocolError for what is no deflate."""
-        return bytes(self.decode(Frame(Opcode.BINARY, payload, rsv1=True), max_size=max_size).data)
+        return bytes(self._decode(Frame(Opcode.BINARY, payload, rsv1=True), max_size).data)
 
     def encode(self, frame: Frame) -> Frame:
         """What the library calls for each frame it writes: close frames, which are not compressed."""
         return self._extension.encode(frame)
 
     def decode(self, frame: Frame, *, max_size: int | None = None) -> Frame:
-        """What the library calls for each frame it reads."""
+        """What the library calls for each frame it reads. *max_size* is what is left of `allow_growth`."""
+        assert max_size is not None
+        return frame if frame.opcode >= Opcode.CLOSE else self._decode(frame, max_size - self._growth)
+
+    def _decode(self, frame: Frame, max_size: int) -> Frame:
         extension = self._extension
         is_compressed = frame.rsv1 or (frame.opcode is Opcode.CONT and extension.decode_cont_data)
-        plain = extension.decode(frame, max_size=max_size)
+        plain = extension.decode(frame, max_size=max(max_size, 1))  # zlib takes 0 for no limit
+        if len(plain.data) > max_size:
+            raise PayloadTooBig(None, max_size)
         decoder = getattr(extension, "decoder", None)  # none between messages of a client that forgets
         if is_compressed and decoder is not None and decoder.eof:
             if not frame.fin or decoder.unused_data not in _AFTER_THE_END:

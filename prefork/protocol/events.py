@@ -31,6 +31,8 @@ class Fields:
     upgrade: bytes | None = None
     # A Host, and nothing that says more than a GET of HTTP/1.1 says without it.
     is_plain: bool = False
+    # What proxies said in it, if somebody has looked.
+    forwarded: object = None
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ class NoBody:
     __slots__ = ()
 
     is_complete = True
+    left = 0
     trailers = NO_TRAILERS
 
     def read(self, data: bytes, at: int) -> tuple[bytes, int]:
@@ -45,16 +46,16 @@ NO_BODY = NoBody()
 class KnownLength:
     """As many bytes as Content-Length says."""
 
-    __slots__ = ("_left", "is_complete")
+    __slots__ = ("is_complete", "left")
 
     trailers = NO_TRAILERS
 
     def __init__(self, length: int) -> None:
-        self._left = length  # bytes, more than none
+        self.left = length  # bytes, more than none
         self.is_complete = False
 
     def read(self, data: bytes, at: int) -> tuple[bytes, int]:
-        size = min(self._left, len(data) - at)
-        self._left -= size
-        self.is_complete = self._left == 0
+        size = min(self.left, len(data) - at)
+        self.left -= size
+        self.is_complete = self.left == 0
         return data[at : at + size], at + size  # all of *data* is *data* itself, not a copy

@@ -58,6 +58,7 @@ class BodyReader(Protocol):
     """The body of one request, transfer coding removed."""
 
     is_complete: bool
+    left: int  # bytes of it that are still to be read, 0 if that is not known
     trailers: Headers
 
     def read(self, data: bytes, at: int) -> tuple[bytes, int]:
@@ -77,6 +78,8 @@ class FullBody:
     """A body read by h11."""
 
     __slots__ = ("_fence", "_h11", "is_complete", "trailers")
+
+    left = 0
 
     def __init__(self, head: bytes, fence: Fence, limits: Limits) -> None:
         # h11 holds incomplete lines up to this size; the fence refuses before, with a better reason.

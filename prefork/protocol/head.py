@@ -36,7 +36,7 @@ new target two more; one with a new field line one for each of its other lines.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import IPv6Address
 from re import Pattern
@@ -219,6 +219,7 @@ def _combine(line: RequestLine, fields: Fields, limits: Limits) -> Request:
         raise HeadRefused(400, "HTTP/1.1 needs a Host field and there is none")
     if host is None and line.authority is not None:  # HTTP/1.0 to an absolute target: section 3.2.2
         headers = [(b"host", line.authority), *headers]
+        fields = replace(fields, headers=headers, host=line.authority)  # no longer those of other requests
     # The RFC lets the authority win over Host. Whoever routed by the other one would be deceived.
     elif line.authority is not None and host is not None and host.lower() != line.authority.lower():
         raise HeadRefused(400, f"the target names {shown(line.authority)} and the Host field {shown(host)}")

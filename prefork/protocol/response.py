@@ -120,7 +120,7 @@ def field_lines(headers: Iterable[Field]) -> FieldLines:
         known = None
     if known is None:
         known = FieldLines(fields)
-        _field_lines.remember(fields, known, len(known.lines))
+        _field_lines.remember(fields, known, sum(len(name) + len(value) for name, value in fields))
     return known
 
 

@@ -94,6 +94,7 @@ class Session:
         "_fragments",
         "_is_over",
         "_library",
+        "_max_packed",
         "_max_size",
         "_message",
         "_owed",
@@ -105,6 +106,7 @@ class Session:
         """*max_size* bounds a message in bytes, inflated; *deflate* is what `negotiate` returned."""
         self.is_closing = False  # our close frame was made: no message follows it
         self._max_size = max_size
+        self._max_packed = max_size if deflate is None else deflate.allow_growth(max_size)  # of a compressed frame
         self._deflate = deflate
         self._buffer = b""
         self._at = 0  # what stands before it in the buffer has been read
@@ -214,7 +216,7 @@ class Session:
     def _begin(self, first: int, size: int, body: int) -> str | bytes | Closed | _ReadOn | None:
         """A frame whose header says *first* and *size*, and ends at *body*."""
         is_ours = first in (_WHOLE if self._deflate is None else _MESSAGES) and self._fragments is None
-        if is_ours and 0 <= size <= self._max_size:
+        if is_ours and 0 <= size <= (self._max_packed if first & COMPRESSED else self._max_size):
             if len(self._buffer) < body:
                 return None
             self._message = Arriving(first, size, self._buffer[body - 4 : body])
@@ -281,7 +283,7 @@ class Session:
         """Give the library the frame it is owed, or what is here of it."""
         library = self._library
         if library is None:
-            library = self._library = Protocol(SERVER, state=OPEN, max_size=self._max_size)
+            library = self._library = Protocol(SERVER, state=OPEN, max_size=self._max_packed)
             if self._deflate is not None:
                 library.extensions = [self._deflate]  # type: ignore[list-item] # not one by descent
         data = self._take(self._owed)

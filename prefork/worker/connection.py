@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from prefork.errors import ClientDisconnected
 from prefork.gateway.exchange import Exchange
+from prefork.net.tls import tls_extension
 from prefork.protocol.connection import Connection
 from prefork.protocol.events import NEED_DATA, PAUSED, Closed, Data, EndOfMessage, Refusal, Request
 from prefork.protocol.response import Field, FieldLines
@@ -46,6 +47,14 @@ DISCARD_LIMIT = 256 * 1024
 # Small pieces of a response's body are written together when so many bytes have come.
 GATHERED = 16 * 1024
 
+# A fast client never makes a stream wait. So that the other connections are served, it gives the loop a turn after so
+# many bytes, each piece counted for some more than its own: about a millisecond's work either way.
+STREAM_A_TURN = 256 * 1024
+PIECE = 256
+
+# Pipelined requests that one connection has answered in one turn of the loop, for the same reason.
+REQUESTS_A_TURN = 16
+
 SLASH = ord("/")
 
 
@@ -69,6 +78,7 @@ class HTTPConnection(asyncio.Protocol):
         "_is_lingering",
         "_is_lost",
         "_is_reading",
+        "_is_resting",
         "_is_trusted",
         "_linger_end",
         "_origin",
@@ -80,6 +90,7 @@ class HTTPConnection(asyncio.Protocol):
         "_tls",
         "_transfer",
         "_transport",
+        "_turn",
         "_unwritten",
         "deadline",
     )
@@ -95,7 +106,7 @@ class HTTPConnection(asyncio.Protocol):
         self._client: tuple[str, int] | None = None
         self._server: tuple[str, int | None] | None = None
         self._scheme = "http"
-        self._tls: dict[str, Any] | None = None
+        self._tls: dict[str, Any] | None = None  # made for the first request
         self._exchange: Exchange | None = None  # the one whose response is unfinished
         self._started_at = 0.0  # when its head was complete
         self._sent = 0  # bytes of its response's body
@@ -104,6 +115,7 @@ class HTTPConnection(asyncio.Protocol):
         self._is_reading = True
         self._is_trusted = False  # what the client says of those it forwards for is believed
         self._is_body_paused = False  # the application is behind
+        self._is_resting = False  # requests are buffered, and the other connections have a turn
         self._is_lingering = False  # all is said; reading only until the peer closes
         self._linger_end = 0.0
         self._has_eof = False
@@ -113,6 +125,7 @@ class HTTPConnection(asyncio.Protocol):
         self._transfer: Transfer | None = None  # of a file, by sendfile
         self._gathered: list[bytes] = []  # small pieces of body that leave together, at the end of the loop's turn
         self._gathered_size = 0  # bytes
+        self._turn = 0  # what was sent of a stream in this turn of the loop, in bytes and then some
         self._unwritten = 0  # the transport's buffer when the write deadline was last set
 
     # ---- the transport's callbacks ----
@@ -167,7 +180,7 @@ class HTTPConnection(asyncio.Protocol):
         self._http.receive_data(b"")
         self._advance()
         # TLS transports close by themselves; for the others True keeps the writing side open.
-        return self._scheme == "http" and (self._exchange is not None or self._is_behind)
+        return self._scheme == "http" and (self._exchange is not None or self._is_behind or self._is_resting)
 
     def pause_writing(self) -> None:
         self._drained = self._service.loop.create_future()
@@ -187,15 +200,20 @@ class HTTPConnection(asyncio.Protocol):
 
     def _advance(self) -> None:
         """Take events until there is none. Not re-entrant: a response may complete inside."""
-        if self._is_advancing:
+        if self._is_advancing or self._is_resting:
             return
         self._is_advancing = True
+        begun = 0
         try:
             while not (self._is_lost or self._is_lingering or self._is_behind):
                 event = self._http.next_event()
                 if event is NEED_DATA or event is PAUSED:
                     break
                 self._handle(event)
+                begun += isinstance(event, Request)
+                if begun == REQUESTS_A_TURN and self._http.buffered:
+                    self._rest()
+                    break
         finally:
             self._is_advancing = False
         if self._has_eof and self._exchange is not None:
@@ -203,6 +221,15 @@ class HTTPConnection(asyncio.Protocol):
             self._exchange.disconnect()
         self._regulate_reading()
         self._rearm()
+
+    def _rest(self) -> None:
+        """Let the others have a turn of the loop; nothing is read meanwhile."""
+        self._is_resting = True
+        self._service.loop.call_soon(self._go_on_advancing, context=self._service.context)
+
+    def _go_on_advancing(self) -> None:
+        self._is_resting = False
+        self._advance()
 
     def _handle(self, event: object) -> None:
         match event:
@@ -251,6 +278,8 @@ class HTTPConnection(asyncio.Protocol):
             self._started_at = service.loop.time()
         self._awaited, self.deadline = Awaited.APPLICATION, NEVER
         try:
+            if self._scheme == "https":  # the connection's own, whatever a proxy says
+                exchange.tls = self._tls_facts()
             coroutine = (
                 service.gateway.begin(exchange) if request.upgrade is None else self._begin_upgrade(exchange, request)
             )
@@ -259,6 +288,12 @@ class HTTPConnection(asyncio.Protocol):
             return
         if coroutine is not None:
             self.go_on(exchange, coroutine)
+
+    def _tls_facts(self) -> dict[str, Any]:
+        """They stay as they are: nothing is renegotiated."""
+        if self._tls is None:
+            self._tls = tls_extension(self._transport.get_extra_info("ssl_object"))
+        return self._tls
 
     def _begin_upgrade(self, exchange: Exchange, request: Request) -> Coroutine[object, object, None] | None:
         """A protocol that is not spoken here is not changed to: RFC 9110, section 7.8, lets a server ignore Upgrade."""
@@ -280,7 +315,7 @@ class HTTPConnection(asyncio.Protocol):
         if self._is_lost or self._has_eof or self._transport.is_closing():
             return
         is_full = self._http.buffered > PIPELINE_LIMIT and (self._exchange is not None or self._is_behind)
-        wanted = self._is_lingering or not (self._is_body_paused or is_full)
+        wanted = self._is_lingering or not (self._is_body_paused or self._is_resting or is_full)
         if wanted == self._is_reading:
             return
         self._is_reading = wanted
@@ -333,7 +368,7 @@ class HTTPConnection(asyncio.Protocol):
         if self._is_lost or self._is_lingering or self._transport.is_closing():
             self._check_present()
         service = self._service
-        if service.is_draining:
+        if service.is_draining or (not more and self._http.unread > DISCARD_LIMIT):
             self._http.close_after()
         data, rest = self._http.send_head(status, headers, body, more, date=service.date)
         self._sent += len(body)
@@ -379,19 +414,25 @@ class HTTPConnection(asyncio.Protocol):
 
     def _write(self, data: bytes, more: bool) -> None:
         """A write is a system call, so what an application sends in one turn of the loop is gathered into one."""
-        if more and len(data) < GATHERED:
-            if not self._gathered:
-                self._service.loop.call_soon(self._flush)
-            self._gathered.append(data)
-            self._gathered_size += len(data)
-            if self._gathered_size >= GATHERED:
-                self._flush()
-            return
+        if more:
+            if not self._turn:
+                self._service.loop.call_soon(self._end_turn)
+            self._turn += len(data) + PIECE
+            if len(data) < GATHERED:
+                self._gathered.append(data)
+                self._gathered_size += len(data)
+                if self._gathered_size >= GATHERED:
+                    self._flush()
+                return
         if self._gathered:
             self._gathered.append(data)
             self._flush()
         elif data:
             self._transport.write(data)
+
+    def _end_turn(self) -> None:
+        self._turn = 0
+        self._flush()
 
     def _flush(self) -> None:
         gathered, self._gathered, self._gathered_size = self._gathered, [], 0
@@ -399,11 +440,13 @@ class HTTPConnection(asyncio.Protocol):
             self._transport.write(b"".join(gathered))
 
     def is_writable(self) -> bool:
-        return self._drained is None
+        return self._drained is None and self._turn < STREAM_A_TURN
 
     async def drain(self) -> None:
         if self._drained is not None:
             await asyncio.shield(self._drained)
+        elif self._turn >= STREAM_A_TURN:
+            await asyncio.sleep(0)
         self._check_present()
 
     def pause_body(self) -> None:

@@ -187,6 +187,7 @@ class Greeting:
         log.info("refused a client of %s with 400: it did not speak TLS", _describe(client))
         self._connection.send(_plain_answer(service))  # a new socket's buffer has room for it
         self._connection.shutdown(socket.SHUT_WR)
+        service.slot.begun += 1
         service.slot.requests += 1
         if service.access_log is not None:
             service.access_log.log(client, "-", b"-", "-", 400, len(PLAIN_ON_TLS), 0.0, service.worker_id)

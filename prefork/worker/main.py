@@ -169,6 +169,8 @@ def _boot_and_serve(worker: Worker, channel: Channel, slot: Slot, equipment: Equ
     finally:
         with suppress(RuntimeError):  # a thread of the application may still hold an async generator
             loop.run_until_complete(loop.shutdown_asyncgens())
+        if equipment.access_log is not None:
+            equipment.access_log.flush()
 
 
 def _load_or_fail(settings: Settings) -> Application:
@@ -248,7 +250,8 @@ class Serving:
     def _listen(self) -> None:
         settings = self._equipment.settings
         proxies = Trusted.parse(settings.proxy_allow_ips) if settings.proxy_protocol else None
-        self._server = Server(self._make_service(), self._equipment.tls, proxies)
+        is_alone = settings.workers == 1 or settings.sharing == "reuseport"
+        self._server = Server(self._make_service(), self._equipment.tls, proxies, is_alone=is_alone)
         sockets = [
             listener.socket_for(self._worker.slot)
             for listener in self._equipment.listeners
@@ -263,6 +266,8 @@ class Serving:
 
     def _make_service(self) -> Service:
         settings = self._equipment.settings
+        if self._equipment.access_log is not None:
+            self._equipment.access_log.defer = self._loop.call_soon
         gateway = make_gateway(
             self._application,
             run_in_thread=self._threads,

@@ -35,6 +35,10 @@ log = logging.getLogger("prefork")
 # helps is that some connection ends.
 ACCEPT_PAUSE = 1.0
 
+# Connections a turn of the loop takes from a queue that is ours alone: each turn costs a system call, and
+# more at once would hold up the requests of those that are open.
+ACCEPTS_ALONE = 16
+
 # Between "accept no more" and closing idle connections, in seconds: a request that is already
 # in a socket's buffer is read and answered.
 DRAIN_LINGER = 0.1
@@ -49,14 +53,20 @@ TLS_SHUTDOWN_TIMEOUT = 2.0
 class Server:
     """Serves one worker's connections from `open` to the end of `drain`."""
 
-    def __init__(self, service: Service, tls: TLS | None, proxies: Trusted | None = None) -> None:
-        """*proxies*: who must begin a connection with a PROXY header; None, and nobody may."""
+    def __init__(
+        self, service: Service, tls: TLS | None, proxies: Trusted | None = None, *, is_alone: bool = False
+    ) -> None:
+        """*proxies*: who must begin a connection with a PROXY header; None, and nobody may.
+
+        *is_alone*: nobody else accepts from our sockets.
+        """
         self._service = service
         self._loop = service.loop
         self._tls = tls
         self._listening: set[socket.socket] = set()
         self._starts: set[Coroutine[Any, Any, Any]] = set()  # of connections without TLS
         self._handshakes: set[asyncio.Task[None]] = set()
+        self._accepts = ACCEPTS_ALONE if is_alone else 1
         self._make = partial(HTTPConnection, service)
         self._begin = self._start if tls is None else self._start_tls
         # What becomes of an accepted connection.
@@ -112,18 +122,25 @@ class Server:
     # ---- accepting ----
 
     def _accept(self, listening: socket.socket) -> None:
-        """One connection per turn of the loop: a busy worker leaves the rest of the queue to its siblings."""
+        """With siblings, one connection per turn of the loop: a busy worker leaves the rest of the queue to them."""
+        for _ in range(self._accepts):
+            if not self._accept_one(listening):
+                return
+
+    def _accept_one(self, listening: socket.socket) -> bool:
+        """False if there is no more to accept now."""
         try:
             connection, _ = listening.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return  # a sibling was faster, or the client left the queue
+            return False  # a sibling was faster, or the client left the queue
         except OSError as error:
             log.error("cannot accept a connection: %s; trying again in %g s", reason_of(error), ACCEPT_PAUSE)
             self._loop.remove_reader(listening.fileno())
             self._loop.call_later(ACCEPT_PAUSE, self._accept_again, listening)
-            return
+            return False
         connection.setblocking(False)
         self._receive(connection)
+        return True
 
     def _accept_again(self, listening: socket.socket) -> None:
         if listening in self._listening:  # not closed meanwhile

@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 if sys.version_info >= (3, 12):
     # A task runs at once up to its first wait: an application that never waits costs the loop no turn, and its
     # answer leaves with the read that brought the request.
-    def start_task(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
-        return asyncio.Task(coroutine, loop=loop, eager_start=True)
+    def start_task(
+        coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, context: Context
+    ) -> asyncio.Task[None]:
+        return asyncio.Task(coroutine, loop=loop, context=context, eager_start=True)
 
 else:
 
-    def start_task(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
-        return asyncio.Task(coroutine, loop=loop)
+    def start_task(
+        coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, context: Context
+    ) -> asyncio.Task[None]:
+        return asyncio.Task(coroutine, loop=loop, context=context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,9 @@ class Service:
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that runs *coroutine*, and may have ended already. One that has not is to be kept in `tasks`."""
-        return start_task(coroutine, self.loop)
+        # Not a copy of the current context: with asyncio's loop that may be the one of an earlier request, which
+        # paused or resumed the transport.
+        return start_task(coroutine, self.loop, self.context.copy())
 
     def forget(self, task: asyncio.Task[None]) -> None:
         """*task* has ended."""

@@ -176,15 +176,20 @@ class WebSocketConnection(asyncio.Protocol):
             service.loop.call_soon(self.drain_connection)
 
     def send(self, data: str | bytes) -> None:
-        session = self._session
+        session, transport = self._session, self._transport
+        if transport.is_closing():  # it would take the message, and drop it; `connection_lost` may be long in coming
+            self._exchange.feed_end(LOST, "")
+            raise WebSocketDisconnected(LOST)
         try:
             frame = session.text(data) if type(data) is str else session.binary(cast(bytes, data))
         except UnicodeEncodeError as exc:
             raise GatewayError(f"a message cannot be sent as UTF-8: {exc.reason}") from exc
         if isinstance(frame, bytes):
-            self._transport.write(frame)
+            transport.write(frame)
         else:
-            self._transport.writelines(frame)
+            # Not `writelines`: since CPython 3.12 asyncio's never calls `pause_writing`.
+            for part in frame:
+                transport.write(part)
 
     def is_writable(self) -> bool:
         return self._drained is None

@@ -13,6 +13,10 @@ async def app(scope, receive, send):
     if path == "/scope":
         facts = {key: scope[key] for key in ("scheme", "client", "server", "http_version", "method", "path")}
         return await answer(send, json.dumps(facts).encode())
+    if path == "/tls":
+        facts = scope["extensions"].get("tls")
+        await answer(send, json.dumps(facts).encode())
+        return facts and facts.clear()  # as middleware may
     if path == "/listen":  # tell of the client's leaving, answer nothing
         while (await receive())["type"] != "http.disconnect":
             pass

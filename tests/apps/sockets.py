@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 from collections import defaultdict
 
 from prefork import Request, Response, WebSocket, WebSocketDisconnected
@@ -121,6 +123,32 @@ async def floods(socket: WebSocket):
         await socket.send("never")
 
 
+async def streams(socket: WebSocket):
+    """Sends without an end and without a receive."""
+    await socket.accept()
+    size = int(socket.query["size"])
+    while True:
+        await socket.send(b"x" * size)  # a new one each time: what holds it holds memory
+
+
+async def sends_late(socket: WebSocket):
+    """Sends once more when the client has closed its side, while the transport still holds what the client does not take."""
+    await socket.accept()
+    transport = socket._exchange._wire._transport
+    while transport.get_write_buffer_size() < 100_000:
+        await socket.send(bytes(50_000))
+        await asyncio.sleep(0)
+    ended["full"].put_nowait("now")
+    while not transport.is_closing():  # noqa: ASYNC110 - nothing tells of it
+        await asyncio.sleep(0)
+    try:
+        await socket.send("late")
+    except OSError as error:
+        ended["late"].put_nowait(str(error))
+    else:
+        ended["late"].put_nowait("sent")
+
+
 go = asyncio.Event()
 
 PATHS = {
@@ -136,6 +164,8 @@ PATHS = {
     "/json": wants_json,
     "/slow": slow,
     "/floods": floods,
+    "/streams": streams,
+    "/late": sends_late,
 }
 
 
@@ -157,7 +187,15 @@ both = Both()
 
 
 async def asgi(scope, receive, send):
-    """Echo; /deny answers with a response in two pieces, /reject closes before it accepts, /order breaks the order."""
+    """Echo; /deny answers with a response in two pieces, /reject closes before it accepts, /order breaks the order.
+
+    /tls begins with what the scope says of TLS, /scheme with its scheme; /streams sends without an end.
+    """
+    if scope["type"] == "http":
+        path = scope["query_string"].decode().partition("=")[2]
+        text = await ended[path].get() if scope["path"] == "/ended" else "hello"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": text.encode()})
     if scope["type"] != "websocket":
         return
     assert (await receive()) == {"type": "websocket.connect"}
@@ -173,6 +211,18 @@ async def asgi(scope, receive, send):
     if scope["path"] == "/order":
         await send({"type": "websocket.send", "text": "too early"})
     await send({"type": "websocket.accept", "subprotocol": None, "headers": [(b"X-Own", b"yes")]})
+    if scope["path"] == "/tls":
+        await send({"type": "websocket.send", "text": json.dumps(scope["extensions"].get("tls"))})
+    if scope["path"] == "/scheme":
+        await send({"type": "websocket.send", "text": scope["scheme"]})
+    if scope["path"] == "/streams":
+        payload = os.urandom(65536)
+        try:
+            while True:
+                await send({"type": "websocket.send", "bytes": payload})
+        except OSError as error:
+            ended["/streams"].put_nowait(str(error))
+            raise
     while (message := await receive())["type"] == "websocket.receive":
         await send({"type": "websocket.send", **{key: message[key] for key in ("text", "bytes") if key in message}})
     assert message["type"] == "websocket.disconnect"

@@ -613,3 +613,16 @@ def test_application_that_is_not_asgi_is_told_so(exchange_for):
 
     with pytest.raises(GatewayError, match="returned list when called with scope, receive and send"):
         serve(app, exchange_for())
+
+
+def test_headers_that_can_be_read_once_only_are_not_lost(exchange_for, wire):
+    """A generator with one odd field is looked at a second time; it used to be empty then."""
+
+    class Bytes(bytes):
+        pass
+
+    async def app(scope, receive, send):
+        await answer(send, headers=(field for field in [(b"a", b"b"), (Bytes(b"c"), b"d")]))
+
+    serve(app, exchange_for())
+    assert wire.head[1] == [(b"a", b"b"), (b"c", b"d")]

@@ -573,3 +573,24 @@ def test_values_show_themselves(exchange_for):
 def test_malformed_body_is_a_value_error():
     """What `json.loads` raises is one, so handlers catch what they always caught."""
     assert issubclass(MalformedBody, ValueError)
+
+
+@pytest.mark.parametrize("headers", [(["a", "b"],), [("a", "b")], (("a", "b"),), {"a": "b"}])
+def test_headers_of_any_shape_are_the_same(headers):
+    assert list(Response(b"", headers=headers).fields) == [(b"a", b"b")]
+
+
+@pytest.mark.parametrize("headers", [{"a b": "c"}, {"a": "b\r\nc: d"}, {"a": ["b"]}, {"a": 1}, {1: "a"}])
+def test_header_that_cannot_be_one_is_an_error_of_the_constructor(headers):
+    with pytest.raises(GatewayError):
+        Response(b"", headers=headers)
+
+
+def test_responses_share_no_headers():
+    """Equal ones are looked at once; to change one must not change the other."""
+    first, second = Response("a", headers={"x": "y"}), Response("a", headers={"x": "y"})
+    first.headers["x"] = "z"
+    first.headers.add("set-cookie", "secret")
+
+    assert list(second.fields) == [(b"x", b"y"), (b"content-type", b"text/plain; charset=utf-8")]
+    assert list(Response("a", headers={"x": "y"}).fields) == list(second.fields)

@@ -298,6 +298,65 @@ def test_send_that_waited_for_a_client_that_left_raises(opened, ws_wire):
         run(converse())
 
 
+def turns_during(converse):
+    """How often the loop turned while *converse* ran."""
+
+    async def count():
+        turns = 0
+        task = asyncio.create_task(converse())
+        await asyncio.sleep(0)
+        while not task.done():
+            turns += 1
+            await asyncio.sleep(0)
+        await task
+        return turns
+
+    return run(count())
+
+
+@pytest.mark.parametrize(("message", "count"), [(b"x", 64), ("x" * 100, 61), (bytes(65536), 2)])
+def test_sends_without_a_wait_give_the_loop_a_turn(opened, message, count):
+    """A client that takes everything at once makes no `send` wait."""
+
+    async def converse(times):
+        for _ in range(times):
+            await opened.send(message)
+
+    assert turns_during(partial(converse, count - 1)) == 0
+    assert turns_during(partial(converse, count * 10)) in (10, 11)
+
+
+def test_send_that_follows_a_wait_costs_no_turn(opened):
+    """An echo waits for each message already."""
+
+    async def converse(*, answers):
+        for _ in range(200):
+            asyncio.get_running_loop().call_soon(opened.feed, bytes(4000))
+            message = await opened.receive()
+            if answers:
+                await opened.send(message)
+
+    assert turns_during(partial(converse, answers=True)) == turns_during(partial(converse, answers=False))
+
+
+def test_messages_of_many_senders_keep_their_order(opened, ws_wire):
+    async def converse():
+        await asyncio.gather(*(opened.send(str(at)) for at in range(200)))
+
+    run(converse())
+    assert [data for _, data in ws_wire.calls] == [str(at) for at in range(200)]
+
+
+def test_send_hears_in_its_turn_that_the_client_left(opened):
+    async def converse():
+        asyncio.get_running_loop().call_soon(opened.feed_end, 1006, "")
+        while True:
+            await opened.send("a")
+
+    with pytest.raises(WebSocketDisconnected):
+        run(asyncio.wait_for(converse(), 10))
+
+
 def test_closing_codes_are_those_that_a_frame_may_carry():
     allowed = [code for code in range(6000) if is_closing_code(code)]
     assert allowed == [*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -418,6 +419,56 @@ def test_bomb_is_refused_without_being_inflated(fragmented):
 def test_message_of_exactly_the_limit_passes():
     session = compressed_session(max_size=1000)
     assert events(session, frame(BINARY, deflated(bytes(1000)), rsv1=True)) == [bytes(1000)]
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+@pytest.mark.parametrize("memory", [1, 5, 9])
+@pytest.mark.parametrize("strategy", [zlib.Z_DEFAULT_STRATEGY, zlib.Z_FIXED])
+@pytest.mark.parametrize("size", [1, 100, 200_000])
+@pytest.mark.parametrize("fragmented", [False, True])
+def test_limit_is_that_of_the_inflated_message(level, memory, strategy, size, fragmented):
+    """What cannot be compressed grows, by an eighth at worst."""
+
+    def sent(message):
+        compressor = zlib.compressobj(level, wbits=-15, memLevel=memory, strategy=strategy)
+        packed = (compressor.compress(message) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+        assert size < 100 or len(packed) > len(message)
+        if not fragmented:
+            return frame(BINARY, packed, rsv1=True)
+        half = len(packed) - 3
+        return frame(BINARY, packed[:half], rsv1=True, fin=False) + frame(PING) + frame(0, packed[half:])
+
+    message = os.urandom(size + 1)
+    assert events(compressed_session("permessage-deflate", max_size=size), sent(message[1:])) == [message[1:]]
+    [closed] = events(compressed_session("permessage-deflate", max_size=size), sent(message))
+    assert (closed.code, closed.is_failure) == (1009, True)
+
+
+def test_nothing_is_inflated_after_a_first_fragment_that_reached_the_limit():
+    """zlib takes a limit of 0 for none."""
+    compressor = zlib.compressobj(wbits=-15)
+    first, bomb = (compressor.compress(bytes(n)) + compressor.flush(zlib.Z_SYNC_FLUSH) for n in (80_000, 9 << 20))
+    data = frame(BINARY, first, rsv1=True, fin=False) + frame(0, bomb[:-4])
+    session = compressed_session("permessage-deflate", max_size=80_000)
+    tracemalloc.start()
+    try:
+        [closed] = events(session, data)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert closed.code == 1009
+
+
+@pytest.mark.parametrize("fragmented", [False, True])
+def test_plain_message_among_compressed_ones_has_no_more_room(fragmented):
+    def sent(size):
+        if fragmented:
+            return frame(BINARY, bytes(1000), fin=False) + frame(0, bytes(size - 1000))
+        return frame(BINARY, bytes(size))
+
+    assert events(compressed_session(max_size=2000), sent(2000)) == [bytes(2000)]
+    [closed] = events(compressed_session(max_size=2000), sent(2001))
+    assert closed.code == 1009
 
 
 def test_rubbish_is_no_deflate():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
 import shutil
@@ -12,10 +14,16 @@ import time
 from pathlib import Path
 
 import pytest
+import websockets.sync.client
 
+from prefork.net.tls import TLS, TLSFiles
+from prefork.scoreboard import Scoreboard
+from prefork.worker.server import Server as WorkerServer
 from tests.harness.certificates import Certificate, make_certificate
 from tests.harness.client import Client, get
 from tests.harness.server import DEADLINE, Server
+from tests.worker.test_accepting import LOOPS as MAKERS
+from tests.worker.test_accepting import make_service
 
 GET = b"GET / HTTP/1.1\r\nHost: t\r\n\r\n"
 
@@ -57,13 +65,18 @@ def context(certificate: Certificate | None = None) -> ssl.SSLContext:
 
 
 def connect(
-    port: int, name: str | None = "localhost", client: ssl.SSLContext | None = None, first: bytes = b""
+    port: int,
+    name: str | None = "localhost",
+    client: ssl.SSLContext | None = None,
+    first: bytes = b"",
+    session: ssl.SSLSession | None = None,
 ) -> Client:
     """*first* is sent in the clear, before the handshake."""
     connection = Client(port)
     try:
         connection.send(first)
-        connection.socket = (client or context()).wrap_socket(connection.socket, server_hostname=name)
+        client = client or context()
+        connection.socket = client.wrap_socket(connection.socket, server_hostname=name, session=session)
     except BaseException:
         connection.close()
         raise
@@ -111,6 +124,77 @@ def test_client_certificates(made, loop, client_cert):
         with pytest.raises((ssl.SSLError, ConnectionResetError, EOFError)):
             with connect(server.port, client=context(made["wild"])) as unknown:
                 unknown.get()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_client_certificate_is_asked_for_by_every_connection(made, loop, version):
+    """A client that would resume is served all the same, after a whole handshake; TLS 1.2 used to resume for two hours."""
+    with Server(
+        "tests.apps.plain:app", workers=1, loop=loop, client_ca=made["authority"].crt, **files(made["localhost"])
+    ) as server:
+        server.wait_ready(1)
+        client = context(made["ann"])
+        client.maximum_version = version
+        with connect(server.port, client=client) as first:
+            assert first.get().text == "hello"
+            with connect(server.port, client=client, session=first.socket.session) as second:
+                assert second.get().text == "hello"
+                assert not second.socket.session_reused
+
+
+# ---- what ASGI applications are told ----
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", ["ann", None])
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+def test_asgi_scope_has_the_tls_extension(made, loop, name, version):
+    """Each request of a connection has its own, whatever the one before made of it."""
+    settings = {"client_ca": made["authority"].crt, "client_cert": "optional"}
+    with Server("tests.apps.asgi:app", workers=1, loop=loop, **settings, **files(made["localhost"])) as server:
+        server.wait_ready(1)
+        client = context(made[name] if name else None)
+        client.maximum_version = ssl.TLSVersion[version.replace(".", "_")]
+        with connect(server.port, client=client) as connection:
+            for _ in range(2):
+                assert json.loads(connection.get("/tls", "X-Forwarded-Proto: http").body) == told(
+                    made, name, connection.socket
+                )
+
+
+def told(made, name, connection):
+    """What the extension tells of *connection*, a client's; https://asgi.readthedocs.io/en/latest/specs/tls.html."""
+    ciphers = {cipher["name"]: cipher["id"] & 0xFFFF for cipher in connection.context.get_ciphers()}
+    return {
+        "server_cert": ssl.DER_cert_to_PEM_cert(der(made["localhost"])),
+        "client_cert_chain": [ssl.DER_cert_to_PEM_cert(der(made[name]))] if name else [],
+        "client_cert_name": f"CN={name.title()}" if name else None,
+        "client_cert_error": None,
+        "tls_version": {"TLSv1.2": 0x0303, "TLSv1.3": 0x0304}[connection.version()],
+        "cipher_suite": ciphers[connection.cipher()[0]],
+    }
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_websocket_scope_has_the_tls_extension(made, loop):
+    """As that of a request has."""
+    settings = {"client_ca": made["authority"].crt, **files(made["localhost"])}
+    with Server("tests.apps.sockets:asgi", workers=1, loop=loop, **settings) as server:
+        server.wait_ready(1)
+        url = f"wss://127.0.0.1:{server.port}/tls"
+        with websockets.sync.client.connect(url, ssl=context(made["ann"]), server_hostname="localhost") as ws:
+            assert json.loads(ws.recv(DEADLINE)) == told(made, "ann", ws.socket)
+
+
+def test_plain_connection_has_no_tls_extension():
+    """The specification forbids it, even where a proxy says that the client spoke TLS."""
+    with Server("tests.apps.asgi:app", workers=1) as server:
+        server.wait_ready(1)
+        assert json.loads(get(server.port, "/tls", "X-Forwarded-Proto: https").body) is None
+
+
+# ---- renewal ----
 
 
 def place(target: Certificate, source: Certificate) -> None:
@@ -199,6 +283,38 @@ def test_plain_text_on_a_tls_port_is_answered_with_400(made, way, first):
         with connect(server.port) as client:
             assert client.get().text == "hello"
         assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("loop", MAKERS)
+def test_client_refused_on_a_tls_port_leaves_the_counters_at_zero(made, loop):
+    """What is in flight decides who is given work, and used to be -1."""
+
+    async def run(board: Scoreboard, listening: socket.socket) -> None:
+        service = make_service(board)
+        names = files(made["localhost"])
+        server = WorkerServer(service, TLS(TLSFiles.named(names["certfile"], names["keyfile"])))
+        server.open([listening])
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        writer.write(GET)
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+        slot = service.slot
+        async with asyncio.timeout(DEADLINE):
+            while not slot.closed:
+                service.something_ended.clear()
+                await service.something_ended.wait()
+        assert (slot.requests, slot.begun, slot.in_flight, slot.connections) == (1, 1, 0, 0)
+        await server.drain(1)
+
+    board = Scoreboard(1)
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.setblocking(False)
+    try:
+        with asyncio.Runner(loop_factory=MAKERS[loop]) as runner:
+            runner.run(run(board, listening))
+    finally:
+        listening.close()
+        board.close()
 
 
 def test_whoever_sends_nothing_is_dropped_at_the_deadline(made, way):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
+import threading
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -22,6 +26,21 @@ OPENING = (
 @pytest.fixture(scope="module")
 def server():
     with Server("tests.apps.sockets:handler", workers=1, ws_max_size=1_000_000) as server:
+        server.wait_ready(1)
+        yield server
+
+
+@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+def native(request):
+    """On both loops, whose transports differ."""
+    with Server("tests.apps.sockets:handler", workers=1, loop=request.param) as server:
+        server.wait_ready(1)
+        yield server
+
+
+@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+def asgi(request):
+    with Server("tests.apps.sockets:asgi", workers=1, lifespan="off", loop=request.param) as server:
         server.wait_ready(1)
         yield server
 
@@ -90,6 +109,16 @@ def test_handler_sees_the_request_and_chooses(server):
             "subprotocol": "b",
             "worker": 1,
         }
+
+
+@pytest.mark.parametrize(("told", "scheme"), [("https", "wss"), ("wss", "wss"), ("http", "ws"), ("ws", "ws")])
+def test_scheme_is_what_a_trusted_proxy_says(server, asgi, told, scheme):
+    """Some tell that of the page, some that of the WebSocket."""
+    fields = {"X-Forwarded-Proto": told, "X-Agent": "me"}
+    with connect(server, "/facts", subprotocols=["b"], additional_headers=fields) as ws:
+        assert json.loads(ws.recv(DEADLINE))["scheme"] == scheme
+    with connect(asgi, "/scheme", additional_headers=fields) as ws:
+        assert ws.recv(DEADLINE) == scheme
 
 
 def test_same_handler_answers_http(server):
@@ -166,6 +195,22 @@ def test_bomb_is_refused(server):
         with pytest.raises(ConnectionClosed) as caught:
             ws.recv(DEADLINE)
     assert caught.value.rcvd.code == 1009
+
+
+@pytest.mark.parametrize("size", [1_000_000, 1_000_001])
+@pytest.mark.parametrize("pieces", [1, 7])
+def test_limit_is_that_of_the_message_and_not_of_its_compressed_form(server, size, pieces):
+    """Which is larger, of what cannot be compressed."""
+    message = os.urandom(size)
+    step = size // pieces + 1
+    with connect(server, compression="deflate", max_size=None) as ws:
+        ws.send(message if pieces == 1 else [message[at : at + step] for at in range(0, size, step)])
+        if size == 1_000_000:
+            assert ws.recv(DEADLINE) == message
+        else:
+            with pytest.raises(ConnectionClosed) as caught:
+                ws.recv(DEADLINE)
+            assert caught.value.rcvd.code == 1009
 
 
 def test_message_of_the_wrong_kind_closes(server):
@@ -273,6 +318,74 @@ def test_slow_client_holds_the_application_back(server):
     with raw(server, b"/floods"):
         sent, _ = ending(server, "flood").split()
         assert int(sent) < 300
+
+
+@pytest.mark.parametrize("size", [100, 65536])
+def test_reader_that_stalls_is_not_buffered_for(native, size):
+    """On CPython 3.12 and later, `writelines` of asyncio's transport never tells that the buffer is full."""
+    worker = native.worker(1)
+    before = resident(worker)
+    with Client(native.port) as client:
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        client.send(OPENING % (b"/streams?size=%d" % size, b""))
+        client.read_until(b"\r\n\r\n")
+        for _ in range(200):  # round trips, in which a worker that is not held back would send on
+            assert get(native.port).text == "hello"
+        assert resident(worker) - before < 16_000_000
+    assert ending(native, f"/streams?size={size}") == "1006 "
+
+
+@pytest.mark.parametrize("size", [100, 65536])
+def test_client_that_takes_all_at_once_leaves_the_others_their_turn(native, size):
+    """The application never waits for it, and does not receive either."""
+    with reading(raw(native, b"/streams?size=%d" % size)):
+        for _ in range(3):
+            assert get(native.port).text == "hello"
+    assert ending(native, f"/streams?size={size}") == "1006 "
+
+
+@pytest.mark.parametrize("fields", [b"", b"Sec-WebSocket-Extensions: permessage-deflate\r\n"])
+def test_asgi_client_that_takes_all_at_once_leaves_the_others_their_turn(asgi, fields):
+    with reading(raw(asgi, b"/streams", fields=fields)):
+        for _ in range(3):
+            assert get(asgi.port).text == "hello"
+    assert "1006" in ending(asgi, "/streams")
+
+
+def test_send_raises_as_soon_as_the_transport_closes(native):
+    """It may have much to flush to a client that has closed its side; what is written then goes nowhere."""
+    with raw(native, b"/late") as client:
+        ending(native, "full")
+        client.socket.shutdown(socket.SHUT_WR)
+        assert "1006" in ending(native, "late")
+
+
+def resident(pid):
+    """Bytes of memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@contextmanager
+def reading(client):
+    """*client* takes what comes as fast as it can; inside, it has taken more than all buffers hold."""
+    is_left, is_fed = threading.Event(), threading.Event()
+
+    def read():
+        size = 0
+        while not is_left.is_set() and (data := client.socket.recv(1 << 20)):
+            size += len(data)
+            if size > 8_000_000:
+                is_fed.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert is_fed.wait(DEADLINE)
+        yield
+    finally:
+        is_left.set()
+        reader.join()
+        client.close()
 
 
 # ---- time ----
