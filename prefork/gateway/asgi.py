@@ -10,7 +10,7 @@ raised by `send`, so that its traceback points at the line to mend.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
@@ -57,10 +57,7 @@ class AsgiGateway:
         self._raw_root_path = quote(root_path).encode("ascii")  # as it stands on the wire
         self._paths: Memory[bytes, str] = Memory()  # decoded
 
-    def begin(self, exchange: Exchange) -> Coroutine[object, object, None]:
-        return self(exchange)
-
-    async def __call__(self, exchange: Exchange) -> None:
+    async def begin(self, exchange: Exchange) -> None:
         """Run *exchange* to its end.
 
         What the application raises comes out as it is. Raises GatewayError if it
@@ -84,6 +81,8 @@ class AsgiGateway:
             raise ApplicationExited(exc) from exc
         if not exchange.responded:
             conversation.check_complete()
+
+    __call__ = begin
 
     def scope(self, exchange: Exchange) -> Scope:
         """The connection scope. Lists and dictionaries are this request's own: middleware may change them."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -39,10 +39,7 @@ class HandlerGateway:
         self._run_in_thread = run_in_thread
         self._worker = worker
 
-    def begin(self, exchange: Exchange) -> Coroutine[object, object, None]:
-        return self(exchange)
-
-    async def __call__(self, exchange: Exchange) -> None:
+    async def begin(self, exchange: Exchange) -> None:
         """Run *exchange* to its end.
 
         What the handler raises comes out as it is, but for MalformedBody: the client
@@ -65,6 +62,8 @@ class HandlerGateway:
             await self._send_file(exchange, request, response, body.path)
         else:
             await self._send_pieces(exchange, response, body)
+
+    __call__ = begin
 
     async def _call(self, exchange: Exchange, request: Request) -> Any:
         if self._run_in_thread is None:

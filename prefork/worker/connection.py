@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from prefork.errors import ClientDisconnected
 from prefork.gateway.exchange import Exchange
+from prefork.net.forwarded import NOTHING
 from prefork.net.tls import tls_extension
 from prefork.protocol.connection import Connection
 from prefork.protocol.events import NEED_DATA, PAUSED, Closed, Data, EndOfMessage, Refusal, Request
@@ -262,7 +263,7 @@ class HTTPConnection(asyncio.Protocol):
 
     def _begin(self, request: Request, body: bytes = b"") -> None:
         service, client, scheme = self._service, self._client, self._scheme
-        if self._is_trusted:
+        if self._is_trusted and (request.fields is None or request.fields.forwarded is not NOTHING):
             client, scheme = service.forwarding.apply(client, scheme, request.headers, request.fields)
         if request.target[0] != SLASH and scheme != "https" and request.target[:6].lower() == b"https:":
             # RFC 9110 section 7.4. Whoever believed the target would take this connection for an encrypted one.
@@ -347,7 +348,9 @@ class HTTPConnection(asyncio.Protocol):
     # ---- the wire that exchanges write to ----
 
     def go_on(self, exchange: Exchange, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = self._service.start(coroutine)
+        # Not in a copy of the current context: with asyncio's loop that may be the one of an earlier request, which
+        # paused or resumed the transport.
+        task = self._service.start(coroutine, context=self._service.context.copy())
         if not task.done():
             self._service.tasks.add(task)
             task.add_done_callback(partial(self._end, exchange))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prefork.gateway.make import Gateway
@@ -23,20 +24,9 @@ if TYPE_CHECKING:
     from prefork.worker.connection import HTTPConnection
     from prefork.worker.websocket import WebSocketConnection, WebSockets
 
-if sys.version_info >= (3, 12):
-    # A task runs at once up to its first wait: an application that never waits costs the loop no turn, and its
-    # answer leaves with the read that brought the request.
-    def start_task(
-        coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, context: Context
-    ) -> asyncio.Task[None]:
-        return asyncio.Task(coroutine, loop=loop, context=context, eager_start=True)
-
-else:
-
-    def start_task(
-        coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, context: Context
-    ) -> asyncio.Task[None]:
-        return asyncio.Task(coroutine, loop=loop, context=context)
+# Where the interpreter can, a task runs at once up to its first wait: an application that never waits costs the
+# loop no turn, and its answer leaves with the read that brought the request.
+EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +66,11 @@ class Service:
     # What callbacks run in that begin a request: nothing of another request's context variables is in it.
     context: Context = field(default_factory=copy_context)
 
+    # Makes a task of a coroutine, which may have ended already. One that has not is to be kept in `tasks`.
+    start: Callable[..., asyncio.Task[None]] = field(init=False)
+
     def __post_init__(self) -> None:
+        self.start = partial(asyncio.Task, loop=self.loop, **EAGER)
         self.tick()
 
     @property
@@ -100,12 +94,6 @@ class Service:
                 return self.timeouts.write
             case Awaited.REST | Awaited.CLOSE:
                 return LINGER
-
-    def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task that runs *coroutine*, and may have ended already. One that has not is to be kept in `tasks`."""
-        # Not a copy of the current context: with asyncio's loop that may be the one of an earlier request, which
-        # paused or resumed the transport.
-        return start_task(coroutine, self.loop, self.context.copy())
 
     def forget(self, task: asyncio.Task[None]) -> None:
         """*task* has ended."""
