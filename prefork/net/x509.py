@@ -60,6 +60,8 @@ def dns_names(certificate: bytes) -> list[str]:
         if value.tag == _EXTENSIONS:
             for extension in _children(_only(value.content, _SEQUENCE)):
                 parts = list(_children(extension.content))
+                if not parts:
+                    raise ValueError("an extension without a name")
                 if parts[0].content == _SUBJECT_ALT_NAME:
                     names = _only(_last(parts, _OCTET_STRING).content, _SEQUENCE)
                     return [v.content.decode("ascii").lower() for v in _children(names) if v.tag == _DNS_NAME]

@@ -83,6 +83,15 @@ def test_certificate_cut_anywhere_is_a_value_error(whole: bytes):
             subject(whole[:end])
 
 
+def test_every_byte_may_be_nought(whole: bytes):
+    """A length of nought makes a value empty wherever one is expected."""
+    for position in range(len(whole)):
+        changed = whole[:position] + b"\0" + whole[position + 1 :]
+        for read in (dns_names, subject):
+            with suppress(ValueError):
+                read(changed)
+
+
 @given(position=st.integers(0, 10_000), byte=st.integers(0, 255))
 def test_changed_byte_is_read_or_a_value_error(whole: bytes, position: int, byte: int):
     changed = bytearray(whole)
