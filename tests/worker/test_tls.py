@@ -29,6 +29,9 @@ GET = b"GET / HTTP/1.1\r\nHost: t\r\n\r\n"
 
 LOOPS = ["uvloop", "asyncio"]
 
+# Preloaded, for that user may not be able to read the application either.
+NOBODY = {"user": "65534", "group": "65534", "preload": True}
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Certificate]:
@@ -239,7 +242,7 @@ def test_worker_that_may_not_read_the_key_gets_the_renewed_one(made):
     served = Certificate(folder / "served.crt", folder / "served.key")
     try:
         place(served, made["localhost"])
-        with Server("tests.apps.plain:app", workers=1, user="65534", group="65534", **files(served)) as server:
+        with Server("tests.apps.plain:app", workers=1, **NOBODY, **files(served)) as server:
             server.wait_ready(1)
             place(served, made["renewed"])
             wait_until_shown(server.port, made["renewed"])
