@@ -54,6 +54,12 @@ class Wire(Protocol):
     def send_trailers(self, trailers: FieldLines) -> None:
         """The end of the response, with *trailers* where the client takes them."""
 
+    def send_at_once(self) -> None:
+        """From now on, until the response is complete, each piece is with the kernel before `send_body` returns.
+
+        As far as the kernel takes it, and TLS lets us; what is left over makes the wire not writable.
+        """
+
     def is_writable(self) -> bool:
         """False above the transport's high-water mark: `await drain()` before the next piece."""
 
@@ -72,6 +78,9 @@ class Wire(Protocol):
 
     def go_on(self, exchange: Exchange, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run *coroutine*, the rest of what runs *exchange*, in a task; what it raises is treated alike."""
+
+    def conclude(self, exchange: Exchange, error: BaseException | None) -> None:
+        """What ran *exchange* has returned, or raised *error*: the door for applications."""
 
     def abort(self) -> None:
         """Cut the connection, so that a truncated body cannot pass for a whole one."""
@@ -104,7 +113,7 @@ class Exchange:
         self.client = client
         self.server = server
         self.scheme = scheme
-        self._wire = wire
+        self.wire = wire
         self._received_all = not request.has_body
 
     # ---- the wire feeds ----
@@ -119,7 +128,7 @@ class Exchange:
         self._buffered += len(data)
         if self._buffered >= BODY_HIGH_WATER and not self._paused:
             self._paused = True
-            self._wire.pause_body()
+            self.wire.pause_body()
         self._wake()
 
     def feed_whole(self, data: bytes) -> None:
@@ -163,7 +172,7 @@ class Exchange:
                 raise ClientDisconnected("the client went away before its request was complete")
             if self.responded:
                 raise ClientDisconnected("the exchange is over: its response was complete before its request")
-            self._wire.send_continue()
+            self.wire.send_continue()
             await self._wait()
         if not self._body:
             return b""
@@ -203,7 +212,7 @@ class Exchange:
         """Send an interim response (103 with its links, RFC 8297). Raises as `start` and `send`."""
         if self.status:
             raise GatewayError(f"interim status {status} comes too late: the response has started with {self.status}")
-        self._wire.send_interim(status, headers)
+        self.wire.send_interim(status, headers)
 
     def start(self, status: int, headers: Iterable[Field]) -> None:
         """Begin the response; it leaves with the first piece of body. Only an unsent one may be replaced.
@@ -228,26 +237,32 @@ class Exchange:
         """Send a piece of body, the head before it; *more* false completes the response.
 
         True if the client is slower than the application: `drain` before the next
-        piece, of which there is none after the last. Raises ClientDisconnected if the client is gone, GatewayError out of turn
-        and ResponseError for what HTTP forbids.
+        piece, of which there is none after the last. Raises ClientDisconnected if the
+        client is gone, GatewayError out of turn and ResponseError for what HTTP forbids.
         """
         if self.responded or self._head is None:
             raise GatewayError(self._out_of_turn())
         # Whether the client can still read is the wire's to say: one that closed its sending half can.
         if self._has_sent_head:
-            self._wire.send_body(data, more)
+            self.wire.send_body(data, more)
         else:
             # A head that HTTP forbids leaves nothing on the wire, so it stays unsent and `fail` can still answer 500.
-            self._wire.send_head(self.status, self._head, data, more)
+            self.wire.send_head(self.status, self._head, data, more)
             self._has_sent_head = True
         if more:
-            return not self._wire.is_writable()
-        self._conclude()
+            return not self.wire.is_writable()
+        self.responded = True
+        if self._paused or self._waiter is not None:
+            self._release()
         return False
+
+    def send_at_once(self) -> None:
+        """From now on each piece is with the kernel before `send` returns, as far as it takes it (PEP 3333, "Buffering")."""
+        self.wire.send_at_once()
 
     async def drain(self) -> None:
         """Wait until the client has taken enough. Raises ClientDisconnected when it is gone."""
-        await self._wire.drain()
+        await self.wire.drain()
 
     def send_trailers(self, trailers: Iterable[Field]) -> None:
         """Complete the response with fields behind its body, where the client takes them. Raises as `send`."""
@@ -256,13 +271,14 @@ class Exchange:
             self.send(b"", True)
         if self.responded or self._head is None:
             raise GatewayError(self._out_of_turn())
-        self._wire.send_trailers(lines)
-        self._conclude()
+        self.wire.send_trailers(lines)
+        self.responded = True
+        self._release()
 
     async def write(self, data: bytes, more: bool) -> None:
         """`send`, then wait while the client is slower than the application."""
         if self.send(data, more):
-            await self._wire.drain()
+            await self.wire.drain()
 
     async def send_file(self, file: int, offset: int, count: int, more: bool) -> None:
         """`write` for *count* bytes of the descriptor *file* from *offset*, past the interpreter where the system can.
@@ -277,7 +293,7 @@ class Exchange:
             self.send(b"", True)
         head, self._head = self._head, None  # nothing else may be sent meanwhile
         try:
-            await self._wire.send_file(file, offset, count)
+            await self.wire.send_file(file, offset, count)
         finally:
             self._head = head
         if not more:
@@ -288,7 +304,7 @@ class Exchange:
         if self.responded:
             return
         if self.has_sent_head:
-            self._wire.abort()
+            self.wire.abort()
             return
         self.start(500, [(b"content-type", b"text/plain; charset=utf-8")])
         with suppress(ClientDisconnected):  # nobody is left to be told
@@ -296,16 +312,14 @@ class Exchange:
 
     def go_on(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """For a gateway that began without a task: run *coroutine*, the rest, in one."""
-        self._wire.go_on(self, coroutine)
+        self.wire.go_on(self, coroutine)
 
     # ---- inside ----
 
-    def _conclude(self) -> None:
-        self.responded = True
-        if self._paused:
-            self._paused = False  # the wire may be in its next exchange, whose pause is not ours to end
-        if self._waiter is not None:
-            self._wake()
+    def _release(self) -> None:
+        """The response is complete."""
+        self._paused = False  # the wire may be in its next exchange, whose pause is not ours to end
+        self._wake()
 
     def _out_of_turn(self) -> str:
         when = "after the response was complete" if self.responded else "before the response was started"
@@ -316,7 +330,7 @@ class Exchange:
     def _resume(self) -> None:
         if self._paused:
             self._paused = False
-            self._wire.resume_body()
+            self.wire.resume_body()
 
     async def _wait(self) -> None:
         """Until something changes. Several readers may wait at once (ASGI allows it)."""

@@ -30,7 +30,18 @@ from prefork.protocol.fast import NO_BODY, ChooseCycle, choose_cycle
 from prefork.protocol.full import BodyReader
 from prefork.protocol.head import HeadRefused, Refused, head_parser, too_large
 from prefork.protocol.limits import Limits
-from prefork.protocol.response import BODILESS, CHUNKED, CONTINUE, WHOLE, BodyWriter, Field, answer, interim, last_chunk
+from prefork.protocol.response import (
+    BODILESS,
+    CHUNKED,
+    CONTINUE,
+    WHOLE,
+    BodyWriter,
+    Field,
+    FieldLines,
+    answer,
+    interim,
+    last_chunk,
+)
 
 # Bytes of body above which it is not copied to stand behind its head: two writes cost less.
 JOINED = 16 * 1024
@@ -63,15 +74,19 @@ class Connection:
         "_buffer",
         "_choose",
         "_empty_lines",
+        "_end",
         "_eof",
         "_is_ending",
         "_is_head",
+        "_is_plain",
+        "_is_ready",
         "_last",
         "_limits",
         "_over",
         "_parser",
         "_reader",
         "_reading",
+        "_recall",
         "_request",
         "_scanned",
         "_server",
@@ -83,7 +98,9 @@ class Connection:
         """*server* is the value of that field, empty for none; *choose* says who reads the body of which request."""
         self._limits = limits
         self._parser = head_parser(limits)
+        self._recall = self._parser.recall
         self._server = b"server: %b\r\n" % server if server else b""
+        self._end = self._server + b"\r\n"  # of a head
         self._choose = choose
         self._buffer = b""
         self._at = 0  # what stands before it in the buffer has been read
@@ -91,6 +108,8 @@ class Connection:
         self._over = False  # refused or closed: nothing more is read
         self._last = False  # no cycle follows this one
         self._is_ending = False  # one of the three above, so that the ordinary case looks at one only
+        self._is_ready = False  # for `receive_request`: nothing is in hand, and not ending
+        self._is_plain = False  # for `send_whole`: what is in hand is a whole plain request, with nothing behind it
         self._is_head = False  # what was refused was to begin with that method
         self._scanned = 0  # where in the buffer the head's end may begin
         self._empty_lines = 0
@@ -103,14 +122,17 @@ class Connection:
         self._answering = Answering.HEAD
         self._request: Request | None = None
         self._wants_continue = False
+        self._is_plain = False
         if self._buffer:
             if self._at == len(self._buffer):  # an idle connection holds no memory of its last request
                 self._buffer, self._at = b"", 0
             self._scanned = self._at
             self._empty_lines = 0
+        self._is_ready = not (self._buffer or self._is_ending) and self._choose is choose_cycle
 
     def receive_data(self, data: bytes) -> None:
         """What the peer sent; b"" is its end of file. Pull `next_event` after it."""
+        self._is_ready = self._is_plain = False
         if not data:
             self._eof = self._is_ending = True
         elif not self._over:
@@ -119,25 +141,45 @@ class Connection:
             self._at = 0
 
     def receive_request(self, data: bytes) -> tuple[Request, bytes] | None:
-        """`receive_data` for the ordinary case: nothing is in hand, and *data* is one whole request, its length known.
-
-        The request and its body are returned, and no event is told of them. None in any
-        other case: pull `next_event`.
-        """
-        if self._reading is Reading.HEAD and not (self._buffer or self._is_ending) and self._choose is choose_cycle:
-            try:
-                # Were there another end of a head in front of this one, no parser would accept it.
-                end = len(data) if data.endswith(b"\r\n\r\n") else data.find(b"\r\n\r\n") + 4
-                if end > 3:
-                    request = self._parser.parse(data[:end])
-                    if not request.chunked and (request.content_length or 0) == len(data) - end:
-                        self._request = request
-                        self._reading = Reading.COMPLETE
-                        return request, data[end:]
-            except Refused:
-                pass  # told as an event
+        """`receive_data`, then `next_request`; at once where *data* is a head seen before and all that is here."""
+        if self._is_ready:
+            request = self._recall(data)
+            if request is not None and not request.has_body:
+                self._request = request
+                self._reading = Reading.COMPLETE
+                self._is_ready = False
+                self._is_plain = request.is_plain
+                return request, b""
         self.receive_data(data)
-        return None
+        return self.next_request()
+
+    def next_request(self) -> tuple[Request, bytes] | None:
+        """The next request and its body, if it is here as a whole, its length known; no event is told of them.
+
+        None in any other case: pull `next_event`.
+        """
+        if self._reading is not Reading.HEAD or self._is_ending or self._choose is not choose_cycle:
+            return None
+        buffer = self._buffer
+        end = buffer.find(b"\r\n\r\n", self._scanned) + 4
+        if end < 4:
+            return None
+        try:
+            request = self._parser.parse(buffer[self._at : end])
+        except Refused:  # told as an event
+            return None
+        stop = end + (request.content_length or 0)
+        if request.chunked or stop > len(buffer):
+            return None
+        self._request = request
+        self._reading = Reading.COMPLETE
+        body = buffer[end:stop]
+        if stop == len(buffer):
+            self._buffer, self._at, self._scanned, self._empty_lines = b"", 0, 0, 0
+            self._is_plain = request.is_plain
+        else:
+            self._at = self._scanned = stop
+        return request, body
 
     def next_event(self) -> Event:
         """What happened next, or a `Wait`. `Refusal` and `Closed` are told once and nothing is read after them."""
@@ -200,6 +242,7 @@ class Connection:
         if writer is not WHOLE:
             body = writer.write(body, more)
         self._writer = writer
+        self._is_plain = False
         if not keep_alive:
             self._last = self._is_ending = True
         self._answering = Answering.BODY if more else Answering.COMPLETE
@@ -207,6 +250,25 @@ class Connection:
             return b"".join(head), body
         head.append(body)
         return b"".join(head), b""
+
+    def send_whole(self, status: int, headers: FieldLines, body: bytes, *, date: bytes) -> bytes:
+        """The ordinary answer to the ordinary request, and on to the next one: what is returned is all that is to be written.
+
+        b"" if anything is out of the ordinary, and then nothing was begun: `send_head` is for
+        all. Raises ResponseError as that does.
+        """
+        size = len(body)
+        if not self._is_plain or size > JOINED:
+            return b""
+        is_known = headers.status == status and headers.size == size
+        head = headers.head if is_known else headers.begin_plain(status, size)
+        if head:
+            self._is_plain = False
+            self._is_ready = True
+            self._request = None
+            self._reading = Reading.HEAD
+            return b"".join((head, date, self._end, body))
+        return b""
 
     def send_body(self, data: bytes, more: bool) -> bytes:
         """The next piece; *more* false completes the response.
@@ -279,6 +341,7 @@ class Connection:
     def close_after(self) -> None:
         """Drain: the answer in flight says `Connection: close` if its head is unsent; no request follows it."""
         self._last = self._is_ending = True
+        self._is_ready = self._is_plain = False
 
     def start_next_cycle(self) -> bool:
         """Go on to the next request, which may be in the buffer already. False if the connection is to be closed instead.
@@ -417,6 +480,7 @@ class Connection:
 
     def _stop_reading(self) -> None:
         self._over = self._is_ending = True
+        self._is_ready = self._is_plain = False
         self._buffer, self._at = b"", 0
 
     def _describe(self) -> str:

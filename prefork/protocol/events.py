@@ -57,10 +57,20 @@ class Request:
     expect_continue: bool = False
     upgrade: bytes | None = None  # the value of Upgrade, if Connection names it
     fields: Fields | None = field(default=None, repr=False, compare=False)  # None: not read from a wire
+    has_body: bool = field(init=False, repr=False, compare=False)
+    # Nothing in it asks for more than its answer, on a connection that lives on.
+    is_plain: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def has_body(self) -> bool:
-        return self.chunked or bool(self.content_length)
+    def __post_init__(self) -> None:
+        self.has_body = self.chunked or bool(self.content_length)
+        self.is_plain = (
+            self.keep_alive
+            and self.version == "1.1"
+            and self.method != "HEAD"
+            and self.target.startswith(b"/")
+            and self.upgrade is None
+            and not self.expect_continue
+        )
 
 
 @dataclass(slots=True)

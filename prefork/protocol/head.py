@@ -36,6 +36,7 @@ new target two more; one with a new field line one for each of its other lines.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import IPv6Address
@@ -116,6 +117,11 @@ class HeadParser:
     def parse(self, head: bytes) -> Request:
         """The request of *head*: all bytes of it, from the method to the empty line. Raises HeadRefused."""
         return self._heads.get(head) or self._learn_head(head)
+
+    @property
+    def recall(self) -> Callable[[bytes], Request | None]:
+        """`parse` for what was parsed before; None for anything else, be it a head or not."""
+        return self._heads.get
 
     def _learn_head(self, head: bytes) -> Request:
         if len(head) > self._limits.head_size:

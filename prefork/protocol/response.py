@@ -59,16 +59,43 @@ class FieldLines:
     Iterating gives the fields as the application had them.
     """
 
-    __slots__ = ("close", "fields", "has_date", "has_server", "length", "lines", "upgrade")
+    __slots__ = (
+        "close",
+        "fields",
+        "has_date",
+        "has_server",
+        "head",
+        "is_plain",
+        "length",
+        "lines",
+        "size",
+        "status",
+        "upgrade",
+    )
 
     def __init__(self, fields: tuple[Field, ...]) -> None:
         self.fields = fields
         self.length: int | None = None
         self.close = self.has_date = self.has_server = self.upgrade = False
         self.lines = b"".join([_lines.get(field) or self._take(field) for field in fields])
+        # They add nothing to the head but themselves, and leave nothing out of it.
+        self.is_plain = not (self.close or self.has_date or self.has_server or self.upgrade)
+        # The last that `begin_plain` has said, and for which status and size.
+        self.head, self.status, self.size = b"", 0, 0
 
     def __iter__(self) -> Iterator[Field]:
         return iter(self.fields)
+
+    def begin_plain(self, status: int, size: int) -> bytes:
+        """The head's beginning for a whole body of *size* bytes on a connection that lives on: all but Date and Server.
+
+        b"" if the answer takes more thought: `answer` is for all. It is kept, since answers repeat.
+        """
+        if not self.is_plain or status in _BODILESS or self.length not in (None, size):
+            return b""
+        self.head = (_STATUS_LINES.get(status) or _status_line(status)) + self.lines + _length_line(size)
+        self.status, self.size = status, size
+        return self.head
 
     def _take(self, field: Field) -> bytes:
         """The line of a field not remembered, b"" if it is not to be copied."""

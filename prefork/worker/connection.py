@@ -6,7 +6,7 @@ both directions: while a response is unfinished, or not taken, the next pipeline
 request stays in the buffer; an application that reads slowly stops the socket, and a
 client that reads slowly stops the application.
 
-Errors leave by one door, `_conclude` for applications and `_refuse` for peers. What is
+Errors leave by one door, `conclude` for applications and `_refuse` for peers. What is
 waited for, and how long, is decided in one place, `_rearm`.
 """
 
@@ -64,6 +64,7 @@ class HTTPConnection(asyncio.Protocol):
 
     __slots__ = (
         "__weakref__",
+        "_answered",
         "_awaited",
         "_client",
         "_discarded",
@@ -75,6 +76,7 @@ class HTTPConnection(asyncio.Protocol):
         "_has_served",
         "_http",
         "_is_advancing",
+        "_is_at_once",
         "_is_body_paused",
         "_is_lingering",
         "_is_lost",
@@ -111,6 +113,7 @@ class HTTPConnection(asyncio.Protocol):
         self._exchange: Exchange | None = None  # the one whose response is unfinished
         self._started_at = 0.0  # when its head was complete
         self._sent = 0  # bytes of its response's body
+        self._answered = 0  # pipelined requests in this turn of the loop
         self._discarded = 0  # bytes of body that nobody wanted
         self._is_advancing = False
         self._is_reading = True
@@ -126,6 +129,7 @@ class HTTPConnection(asyncio.Protocol):
         self._transfer: Transfer | None = None  # of a file, by sendfile
         self._gathered: list[bytes] = []  # small pieces of body that leave together, at the end of the loop's turn
         self._gathered_size = 0  # bytes
+        self._is_at_once = False  # instead: no piece waits for the loop
         self._turn = 0  # what was sent of a stream in this turn of the loop, in bytes and then some
         self._unwritten = 0  # the transport's buffer when the write deadline was last set
 
@@ -154,20 +158,24 @@ class HTTPConnection(asyncio.Protocol):
         self._service.leave(self)
         self._service.slot.closed += 1
         self._release_writers()
-        if self._exchange is not None:
+        exchange = self._exchange
+        if exchange is not None:
+            if not exchange.has_sent_head:
+                self._sent = 0
             # 499 is nginx's number for a client that left before its answer.
-            self._log_access(self._exchange, self._exchange.status or 499)
-            self._leave_exchange().disconnect()
+            self._leave_exchange(exchange.status or 499)
+            exchange.disconnect()
 
     def data_received(self, data: bytes) -> None:
         if self._is_lingering:
             if self._awaited is Awaited.CLOSE and not self._service.is_draining:
                 self.deadline = min(self._service.loop.time() + LINGER, self._linger_end)
             return
+        self._answered = 0
         if self._drained is None:
             whole = self._http.receive_request(data)
             if whole is not None:
-                self._serve(*whole)
+                self._begin(*whole)
                 return
         else:
             self._http.receive_data(data)
@@ -200,21 +208,16 @@ class HTTPConnection(asyncio.Protocol):
         return self._drained is not None and self._exchange is None and not self._http.response_complete
 
     def _advance(self) -> None:
-        """Take events until there is none. Not re-entrant: a response may complete inside."""
+        """Take events until there is none. Not re-entrant: the end of a body that nobody wanted begins the next cycle."""
         if self._is_advancing or self._is_resting:
             return
         self._is_advancing = True
-        begun = 0
         try:
             while not (self._is_lost or self._is_lingering or self._is_behind):
                 event = self._http.next_event()
                 if event is NEED_DATA or event is PAUSED:
                     break
                 self._handle(event)
-                begun += isinstance(event, Request)
-                if begun == REQUESTS_A_TURN and self._http.buffered:
-                    self._rest()
-                    break
         finally:
             self._is_advancing = False
         if self._has_eof and self._exchange is not None:
@@ -230,6 +233,7 @@ class HTTPConnection(asyncio.Protocol):
 
     def _go_on_advancing(self) -> None:
         self._is_resting = False
+        self._answered = 0
         self._advance()
 
     def _handle(self, event: object) -> None:
@@ -249,59 +253,36 @@ class HTTPConnection(asyncio.Protocol):
                 if self._exchange is None:
                     self._transport.close()
 
-    def _serve(self, request: Request, body: bytes) -> None:
-        """The ordinary request: it is whole and nothing is behind it. Most are answered before this returns."""
-        self._is_advancing = True
-        self._begin(request, body)
-        self._is_advancing = False
-        if self._exchange is None and self._http.is_idle and self._drained is None:
-            # What `_rearm` would find, without looking.
-            self._awaited = Awaited.NEXT_REQUEST
-            self.deadline = self._service.loop.time() + self._service.timeouts.keep_alive
-        elif self._exchange is None or self._drained is not None:
-            self._rearm()
-
     def _begin(self, request: Request, body: bytes = b"") -> None:
+        """The batch calls the application, when all that is there was read."""
         service, client, scheme = self._service, self._client, self._scheme
         if self._is_trusted and (request.fields is None or request.fields.forwarded is not NOTHING):
             client, scheme = service.forwarding.apply(client, scheme, request.headers, request.fields)
-        if request.target[0] != SLASH and scheme != "https" and request.target[:6].lower() == b"https:":
+        if not request.is_plain and scheme != "https" and request.target[:6].lower() == b"https:":
             # RFC 9110 section 7.4. Whoever believed the target would take this connection for an encrypted one.
             self._refuse(Refusal(421, "the target is an https URL, and this connection is not encrypted"))
             return
         self._exchange = exchange = Exchange(request, self, client, self._server, scheme)
         if body:
             exchange.feed_whole(body)
+        if self._scheme == "https":  # the connection's own, whatever a proxy says
+            exchange.tls = self._tls_facts()
         self._has_served = True
-        self._sent = self._discarded = 0
         service.slot.whole[BEGUN] += 1
         if service.access_log is not None:
             self._started_at = service.loop.time()
         self._awaited, self.deadline = Awaited.APPLICATION, NEVER
-        try:
-            if self._scheme == "https":  # the connection's own, whatever a proxy says
-                exchange.tls = self._tls_facts()
-            coroutine = (
-                service.gateway.begin(exchange) if request.upgrade is None else self._begin_upgrade(exchange, request)
-            )
-        except BaseException as error:  # noqa: BLE001  # the door for applications
-            self._conclude(exchange, error)
-            return
-        if coroutine is not None:
-            self.go_on(exchange, coroutine)
+        if request.upgrade is not None and service.websockets is not None and asks_for_websocket(request):
+            # A protocol that is not spoken here is not changed to: RFC 9110, section 7.8, lets a server ignore Upgrade.
+            self.go_on(exchange, upgrade(self, exchange, service, service.websockets))
+        else:
+            service.batch.add(exchange)
 
     def _tls_facts(self) -> dict[str, Any]:
         """They stay as they are: nothing is renegotiated."""
         if self._tls is None:
             self._tls = tls_extension(self._transport.get_extra_info("ssl_object"))
         return self._tls
-
-    def _begin_upgrade(self, exchange: Exchange, request: Request) -> Coroutine[object, object, None] | None:
-        """A protocol that is not spoken here is not changed to: RFC 9110, section 7.8, lets a server ignore Upgrade."""
-        websockets = self._service.websockets
-        if websockets is None or not asks_for_websocket(request):
-            return self._service.gateway.begin(exchange)
-        return upgrade(self, exchange, self._service, websockets)
 
     def _take_body(self, data: bytes) -> None:
         if self._exchange is not None:
@@ -329,9 +310,9 @@ class HTTPConnection(asyncio.Protocol):
 
     def _end(self, exchange: Exchange, task: asyncio.Task[None]) -> None:
         self._service.forget(task)
-        self._conclude(exchange, asyncio.CancelledError() if task.cancelled() else task.exception())
+        self.conclude(exchange, asyncio.CancelledError() if task.cancelled() else task.exception())
 
-    def _conclude(self, exchange: Exchange, error: BaseException | None) -> None:
+    def conclude(self, exchange: Exchange, error: BaseException | None) -> None:
         """The application has returned, or raised *error*: whatever that is ends here."""
         if isinstance(error, ClientDisconnected):
             log.debug("%s was left by its client", _describe(exchange))
@@ -369,12 +350,23 @@ class HTTPConnection(asyncio.Protocol):
 
     def send_head(self, status: int, headers: FieldLines, body: bytes, more: bool) -> None:
         if self._is_lost or self._is_lingering or self._transport.is_closing():
-            self._check_present()
+            raise _gone()
         service = self._service
+        self._sent = len(body)
+        if not more and not service.is_draining:
+            data = self._http.send_whole(status, headers, body, date=service.date)
+            if data:
+                self._transport.write(data)
+                self._leave_exchange()
+                if self._drained is None and self._is_reading:
+                    self._await_next()
+                else:
+                    self._regulate_reading()
+                    self._rearm()
+                return
         if service.is_draining or (not more and self._http.unread > DISCARD_LIMIT):
             self._http.close_after()
         data, rest = self._http.send_head(status, headers, body, more, date=service.date)
-        self._sent += len(body)
         self._transport.write(data)
         if rest:
             self._transport.write(rest)
@@ -421,7 +413,7 @@ class HTTPConnection(asyncio.Protocol):
             if not self._turn:
                 self._service.loop.call_soon(self._end_turn)
             self._turn += len(data) + PIECE
-            if len(data) < GATHERED:
+            if len(data) < GATHERED and not self._is_at_once:
                 self._gathered.append(data)
                 self._gathered_size += len(data)
                 if self._gathered_size >= GATHERED:
@@ -432,6 +424,12 @@ class HTTPConnection(asyncio.Protocol):
             self._flush()
         elif data:
             self._transport.write(data)
+
+    def send_at_once(self) -> None:
+        self._flush()
+        self._is_at_once = True
+        # Above a mark of nought a transport does not wait for the end of the loop's turn.
+        self._transport.set_write_buffer_limits(high=0)
 
     def _end_turn(self) -> None:
         self._turn = 0
@@ -467,7 +465,7 @@ class HTTPConnection(asyncio.Protocol):
 
     def _check_present(self) -> None:
         if self._is_lost or self._is_lingering or self._transport.is_closing():
-            raise ClientDisconnected("the client went away before its response was complete")
+            raise _gone()
 
     def switch(self, answer: bytes) -> tuple[asyncio.Transport, bytes]:
         """Send *answer*, the whole 101 of an upgrade, and give the transport away, with what the client has sent since.
@@ -475,8 +473,7 @@ class HTTPConnection(asyncio.Protocol):
         Raises ClientDisconnected.
         """
         self._check_present()
-        exchange = self._leave_exchange()
-        self._log_access(exchange, 101)
+        self._leave_exchange(101)
         unread = self._http.take_buffer()
         self._is_lost = True  # to us
         self._rearm()
@@ -492,25 +489,36 @@ class HTTPConnection(asyncio.Protocol):
 
     # ---- the end of an exchange ----
 
+    def _await_next(self) -> None:
+        """What `_rearm` would find, without looking."""
+        self._awaited = Awaited.NEXT_REQUEST
+        self.deadline = self._service.loop.time() + self._service.timeouts.keep_alive
+
     def _complete(self) -> None:
         """The whole response is with the transport."""
-        exchange = self._leave_exchange()
-        if self._service.access_log is not None:
-            self._log_access(exchange, exchange.status)
+        self._leave_exchange()
+        if self._is_at_once:
+            self._is_at_once = False
+            self._transport.set_write_buffer_limits()
         if self._http.request_complete:
             self._next_cycle()
         elif self._has_eof or not self._http.keep_alive or self._http.wants_continue:
             self._linger()
         else:  # the rest of the body is discarded
+            self._discarded = 0
             self._regulate_reading()
             self._rearm()
 
-    def _leave_exchange(self) -> Exchange:
-        assert self._exchange is not None
-        exchange, self._exchange = self._exchange, None
+    def _leave_exchange(self, status: int = 0) -> None:
+        """The exchange in hand is over. *status*: for the log, if the exchange's own is not what the client got."""
+        exchange = self._exchange
+        assert exchange is not None
+        self._exchange = None
         self._is_body_paused = False
-        self._service.slot.whole[REQUESTS] += 1
-        return exchange
+        service = self._service
+        service.slot.whole[REQUESTS] += 1
+        if service.access_log is not None:
+            self._log_access(exchange, status or exchange.status)
 
     def _next_cycle(self) -> None:
         if self._service.is_draining:
@@ -525,12 +533,17 @@ class HTTPConnection(asyncio.Protocol):
         if self._is_advancing:
             return
         if self._http.is_idle and self._drained is None and self._is_reading:
-            self._awaited = Awaited.NEXT_REQUEST  # what `_rearm` would find, without looking
-            self.deadline = self._service.loop.time() + self._service.timeouts.keep_alive
+            self._await_next()
             return
-        if self._http.buffered:
-            # Not from here, where the application of this request is at work: its context is not the next one's.
-            self._service.loop.call_soon(self._advance, context=self._service.context)
+        self._answered += 1
+        if self._answered == REQUESTS_A_TURN and self._http.buffered:
+            self._rest()
+        elif self._drained is None and (whole := self._http.next_request()) is not None:
+            self._begin(*whole)
+            self._regulate_reading()
+            return
+        else:
+            self._advance()
         self._regulate_reading()
         self._rearm()
 
@@ -567,12 +580,13 @@ class HTTPConnection(asyncio.Protocol):
         answer = self._http.refuse(refusal, date=self._service.date)
         self._sent = len(answer.partition(b"\r\n\r\n")[2])
         self._transport.write(answer)
-        self._log_access(exchange, refusal.status)
         if exchange is None:
+            self._log_access(None, refusal.status)
             self._service.slot.begun += 1
             self._service.slot.requests += 1
         else:
-            self._leave_exchange().disconnect()
+            self._leave_exchange(refusal.status)
+            exchange.disconnect()
         self._linger()
 
     # ---- draining ----
@@ -664,6 +678,10 @@ class HTTPConnection(asyncio.Protocol):
 
     def _describe_client(self) -> str:
         return "a client on a unix socket" if self._client is None else f"{self._client[0]} port {self._client[1]}"
+
+
+def _gone() -> ClientDisconnected:
+    return ClientDisconnected("the client went away before its response was complete")
 
 
 def _describe(exchange: Exchange) -> str:

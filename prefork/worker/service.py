@@ -17,6 +17,7 @@ from prefork.log import AccessLog
 from prefork.net.forwarded import Forwarding, Trusted
 from prefork.protocol.limits import Limits
 from prefork.scoreboard import Slot
+from prefork.worker.batch import Batch
 from prefork.worker.deadlines import LINGER, NEVER, Awaited
 from prefork.worker.sendfile import Sockets
 
@@ -68,9 +69,11 @@ class Service:
 
     # Makes a task of a coroutine, which may have ended already. One that has not is to be kept in `tasks`.
     start: Callable[..., asyncio.Task[None]] = field(init=False)
+    batch: Batch = field(init=False)  # begins exchanges
 
     def __post_init__(self) -> None:
         self.start = partial(asyncio.Task, loop=self.loop, **EAGER)
+        self.batch = Batch(self)
         self.tick()
 
     @property
@@ -94,6 +97,11 @@ class Service:
                 return self.timeouts.write
             case Awaited.REST | Awaited.CLOSE:
                 return LINGER
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """*task* has not ended: nobody else may hold it, and the drain waits for it."""
+        self.tasks.add(task)
+        task.add_done_callback(self.forget)
 
     def forget(self, task: asyncio.Task[None]) -> None:
         """*task* has ended."""

@@ -19,7 +19,7 @@ class FakeWire:
 
     *calls* is the list of what happened: `("head", status, headers, body, more)`,
     `("body", data, more)`, `("continue",)`, `("pause",)`, `("resume",)`, `("abort",)`,
-    `("drain",)`. Set *writable* to False to play a slow client; `take()` lets the
+    `("drain",)`, `("at once",)`. Set *writable* to False to play a slow client; `take()` lets the
     drains that wait for it go on, `leave()` makes them raise as for a client that
     is gone. *refuse* is raised by the next send, as ResponseError would be.
     """
@@ -107,6 +107,12 @@ class FakeWire:
         task = asyncio.get_running_loop().create_task(coroutine)
         self.tasks.append(task)
         self.task_of[exchange] = task
+
+    def conclude(self, exchange: Exchange, error: BaseException | None) -> None:
+        self.calls.append(("conclude", error))
+
+    def send_at_once(self) -> None:
+        self.calls.append(("at once",))
 
     def is_writable(self) -> bool:
         return self.writable

@@ -59,6 +59,7 @@ class Reader:
         self._events = modules["events"]
         self._connection = modules["connection"].Connection
         self._full = modules["full"].always_full
+        self._field_lines = modules["response"].field_lines
         self.limits = modules["limits"].Limits()
 
     def read(
@@ -71,7 +72,7 @@ class Reader:
         """
         choice = {"choose": self._full} if full else {}
         connection = self._connection(limits or self.limits, **choice)
-        return _Dialogue(connection, self._events, script, full=full, early=early).run(pieces)
+        return _Dialogue(connection, self._events, self._field_lines, script, full=full, early=early).run(pieces)
 
 
 def warm() -> Reader:
@@ -90,7 +91,7 @@ def fresh() -> Reader:
         prefork.protocol = ours[ROOM]  # type: ignore[attr-defined]
 
 
-_PARTS = ("events", "limits", "full", "connection")
+_PARTS = ("events", "limits", "full", "response", "connection")
 
 
 def _take_room() -> dict[str, Any]:
@@ -102,13 +103,15 @@ def _take_room() -> dict[str, Any]:
 class _Dialogue:
     """A server that answers in five ways, one after the other."""
 
-    def __init__(self, connection: Any, events: Any, script: int, *, full: bool, early: bool) -> None:
+    def __init__(self, connection: Any, events: Any, field_lines: Any, script: int, *, full: bool, early: bool) -> None:
         self._full = full
+        self._field_lines = field_lines
         self._connection = connection
         self._events = events
         self._script = script
         self._early = early
         self._is_over = False
+        self._has_moved_on = False  # to the next cycle, with the answer
         self.reading = Reading()
 
     def run(self, pieces: Iterable[bytes]) -> Reading:
@@ -116,12 +119,14 @@ class _Dialogue:
         for piece in (*pieces, b""):
             if piece and not self._full:
                 # The short way in, which owners take for the ordinary request.
-                if (whole := http.receive_request(piece)) is not None:
+                whole = http.receive_request(piece)
+                while whole is not None:
                     request, body = whole
                     self._take(request)
                     if body:
                         self._take(self._events.Data(body))
                     self._take(self._events.EndOfMessage())
+                    whole = http.next_request()
             else:
                 http.receive_data(piece)
             while not self._is_over and not isinstance(event := http.next_event(), self._events.Wait):
@@ -182,15 +187,23 @@ class _Dialogue:
             self.reading.answers += http.send_body(body, True) + http.send_body(b"", False)
         else:
             self._say(200, [], body, False)
-        if http.keep_alive:
+        if self._has_moved_on:
+            self._has_moved_on = False
+        elif http.keep_alive:
             http.start_next_cycle()
         else:
             self.reading.end = ("last",)
             self._is_over = True
 
     def _say(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes, more: bool) -> None:
-        first, rest = self._connection.send_head(status, headers, body, more, date=DATE)
-        self.reading.answers += first + rest
+        http, lines = self._connection, self._field_lines(headers)
+        # The short way out. The other one is taken where it does not lead, and by the full cycle.
+        if not (more or self._full or self._early) and (whole := http.send_whole(status, lines, body, date=DATE)):
+            self.reading.answers += whole
+            self._has_moved_on = True
+        else:
+            first, rest = http.send_head(status, lines, body, more, date=DATE)
+            self.reading.answers += first + rest
 
 
 def _message(request: Any) -> Message:

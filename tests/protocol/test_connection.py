@@ -23,6 +23,7 @@ from prefork.protocol.events import (
     Wait,
 )
 from prefork.protocol.limits import Limits
+from prefork.protocol.response import field_lines
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 GET10 = b"GET / HTTP/1.0\r\n\r\n"
@@ -499,3 +500,51 @@ def test_large_body_streams_in_bounded_memory(chunked: bool) -> None:
 
     assert received == len(piece) * count
     assert connection.request_complete
+
+
+@pytest.mark.parametrize("status", [200, 404, 599, 204, 304])
+@pytest.mark.parametrize("body", [b"", b"hello", b"x" * 20_000])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [(b"content-type", b"text/plain")],
+        [(b"content-length", b"5")],
+        [(b"connection", b"close")],
+        [(b"date", b"never")],
+        [(b"server", b"other")],
+        [(b"upgrade", b"h2c")],
+    ],
+    ids=lambda headers: headers[0][0].decode() if headers else "none",
+)
+@pytest.mark.parametrize("request_", [GET, POST + b"abcde", LAST_GET, GET10, GET.replace(b"GET", b"HEAD"), GET + GET])
+def test_short_way_out_says_the_same_or_nothing(request_: bytes, headers: Headers, body: bytes, status: int) -> None:
+    def begun() -> Connection:
+        connection = Connection(Limits())
+        assert connection.receive_request(request_) is not None
+        return connection
+
+    short, long = begun(), begun()
+    said = short.send_whole(status, field_lines(headers), body, date=DATE)
+    is_plain = request_ in (GET, POST + b"abcde") and status not in (204, 304) and len(body) < 20_000
+    is_plain &= (
+        not headers or headers[0][0] == b"content-type" or (headers[0][0] == b"content-length" and len(body) == 5)
+    )
+    assert bool(said) == is_plain
+    if not said:  # nothing was begun
+        short, long = long, short
+        said = b"".join(short.send_head(status, field_lines(headers), b"", True, date=DATE))
+        assert said
+        return
+    assert said == b"".join(long.send_head(status, headers, body, False, date=DATE))
+    assert long.start_next_cycle()
+    assert short.is_idle == long.is_idle is True
+    assert short.receive_request(GET) == long.receive_request(GET) is not None
+
+
+def test_short_way_out_is_closed_by_what_arrives_meanwhile() -> None:
+    for event in (lambda c: c.receive_data(GET), lambda c: c.receive_data(b""), lambda c: c.close_after()):
+        connection = Connection(Limits())
+        assert connection.receive_request(GET) is not None
+        event(connection)
+        assert connection.send_whole(200, field_lines([]), b"hello", date=DATE) == b""

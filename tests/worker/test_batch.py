@@ -1,0 +1,285 @@
+"""Exchanges that share a task: which do, and that none of them can tell."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from contextvars import ContextVar, copy_context
+
+import pytest
+
+from prefork.worker.batch import Batch, is_equal
+
+DEADLINE = 5.0  # seconds
+
+user: ContextVar[object] = ContextVar("user")
+
+
+class Wire:
+    def __init__(self) -> None:
+        self.concluded: list[BaseException | None] = []
+
+    def conclude(self, exchange, error):
+        self.concluded.append(error)
+
+
+class Exchange:
+    """As much of one as the batch knows."""
+
+    def __init__(self, service, run, name=""):
+        self.service, self.run, self.name = service, run, name
+        self.wire = Wire()
+        self.responded = False
+        self.task = None
+
+    def go_on(self, coroutine):
+        self.service.keep(asyncio.get_running_loop().create_task(coroutine, context=self.service.context.copy()))
+
+    def __repr__(self):
+        return self.name
+
+
+class Service:
+    """As much of one as the batch knows; it is the gateway, too."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.context = copy_context()
+        self.gateway = self
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.batch = Batch(self)
+
+    def begin(self, exchange):
+        return exchange.run(exchange)
+
+    def keep(self, task):
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+
+async def end(exchange):
+    exchange.task = asyncio.current_task()
+    exchange.responded = True
+
+
+async def turns():
+    """Enough of them for whatever does not wait."""
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+def run(test):
+    async def bounded():
+        async with asyncio.timeout(DEADLINE):
+            await test(Service())
+
+    asyncio.run(bounded())
+
+
+def test_exchanges_of_one_turn_that_never_wait_share_a_task():
+    async def test(service):
+        exchanges = [Exchange(service, end) for _ in range(5)]
+        for exchange in exchanges:
+            service.batch.add(exchange)
+        assert not any(exchange.task for exchange in exchanges), "begun before all was read"
+        await turns()
+        assert len({exchange.task for exchange in exchanges}) == 1
+        assert not service.tasks
+        later = Exchange(service, end)
+        service.batch.add(later)
+        await turns()
+        assert later.task is not exchanges[0].task
+
+    run(test)
+
+
+def test_exchange_that_waits_keeps_its_task_to_itself():
+    async def test(service):
+        release = asyncio.Event()
+
+        async def wait(exchange):
+            exchange.task = asyncio.current_task()
+            await release.wait()
+            assert asyncio.current_task() is exchange.task
+            exchange.responded = True
+
+        kinds = [end, wait, end, wait, end]
+        exchanges = [Exchange(service, kind) for kind in kinds]
+        for exchange in exchanges:
+            service.batch.add(exchange)
+        await turns()
+        assert [exchange.responded for exchange in exchanges] == [kind is end for kind in kinds]
+        assert len({exchanges[n].task for n in (1, 2, 3, 4)}) == 4
+        assert len(service.tasks) == 2
+        release.set()
+        await turns()
+        assert all(exchange.responded for exchange in exchanges)
+        assert not service.tasks
+
+    run(test)
+
+
+def test_what_an_exchange_sets_in_its_context_no_other_one_sees():
+    async def test(service):
+        seen = []
+
+        async def sign_in(exchange):
+            seen.append(user.get("nobody"))
+            user.set(exchange)
+            exchange.responded = True
+
+        for _ in range(5):
+            service.batch.add(Exchange(service, sign_in))
+        await turns()
+        assert seen == ["nobody"] * 5
+
+    run(test)
+
+
+def test_what_an_exchange_changes_in_its_context_no_other_one_sees():
+    """A value that is equal to the one before is another object all the same, and may be changed."""
+
+    async def test(service):
+        seen = []
+
+        async def collect(exchange):
+            seen.append(len(user.get()))
+            user.set([])
+            user.get().append(exchange)
+            user.set([])
+            exchange.responded = True
+
+        async def note(exchange):
+            seen.append(len(user.get()))
+            if user.get() is not shared:
+                user.get().append(exchange)
+            exchange.responded = True
+
+        for kind in (collect, note, note, note):
+            service.batch.add(Exchange(service, kind))
+        await turns()
+        assert seen == [0, 0, 0, 0]
+
+    shared: list[object] = []
+    token = user.set(shared)
+    try:
+        run(test)
+    finally:
+        user.reset(token)
+
+
+def test_exchange_that_cancels_itself_does_not_cancel_the_next_one():
+    async def test(service):
+        async def cancel(exchange):
+            asyncio.current_task().cancel()
+            exchange.responded = True
+
+        async def wait(exchange):
+            await asyncio.sleep(0)
+            exchange.responded = True
+
+        first, second = Exchange(service, cancel), Exchange(service, wait)
+        service.batch.add(first)
+        service.batch.add(second)
+        await turns()
+        assert first.responded
+        assert second.responded
+
+    run(test)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mine"), asyncio.CancelledError(), ExceptionGroup("g", [ValueError()])])
+def test_what_an_exchange_raises_is_its_own(error):
+    async def test(service):
+        async def fail(exchange):
+            raise error
+
+        def fail_at_once(exchange):
+            raise error
+
+        exchanges = [Exchange(service, kind) for kind in (end, fail, end, fail_at_once, end)]
+        for exchange in exchanges:
+            service.batch.add(exchange)
+        await turns()
+        assert [exchange.wire.concluded for exchange in exchanges] == [[], [error], [], [error], []]
+        assert [exchange.responded for exchange in exchanges] == [True, False, True, False, True]
+
+    run(test)
+
+
+def test_exchange_that_returns_without_a_response_is_concluded():
+    async def test(service):
+        async def forget(exchange):
+            pass
+
+        exchange = Exchange(service, forget)
+        service.batch.add(exchange)
+        await turns()
+        assert exchange.wire.concluded == [None]
+
+    run(test)
+
+
+def test_exchange_that_a_thread_or_a_callback_goes_on_with_is_not_concluded():
+    async def test(service):
+        exchange = Exchange(service, lambda _: None)
+        service.batch.add(exchange)
+        await turns()
+        assert exchange.wire.concluded == []
+
+    run(test)
+
+
+def test_next_request_of_a_connection_joins_the_turn():
+    """Pipelined requests: what was begun by the end of another exchange is answered with the same write."""
+
+    async def test(service):
+        second = Exchange(service, end)
+
+        async def end_and_add(exchange):
+            await end(exchange)
+            service.batch.add(second)
+
+        first = Exchange(service, end_and_add)
+        service.batch.add(first)
+        await turns()
+        assert second.task is first.task is not None
+
+    run(test)
+
+
+def test_exchange_that_waits_long_holds_none_of_the_others():
+    async def test(service):
+        release = asyncio.Event()
+
+        async def wait(exchange):
+            await release.wait()
+            exchange.responded = True
+
+        ended = Exchange(service, end)
+        service.batch.add(ended)
+        service.batch.add(Exchange(service, wait))
+        await turns()
+        gone = weakref.ref(ended)
+        del ended
+        gc.collect()
+        assert gone() is None
+        release.set()
+        await turns()
+
+    run(test)
+
+
+def test_equal_contexts():
+    base = copy_context()
+    assert is_equal(base.copy(), base)
+    changed = base.copy()
+    token = changed.run(user.set, [])
+    assert not is_equal(changed, base)
+    assert is_equal(changed.copy(), changed)
+    same_length = changed.copy()
+    same_length.run(user.set, [])
+    assert not is_equal(same_length, changed)
+    changed.run(user.reset, token)
+    assert is_equal(changed, base)
