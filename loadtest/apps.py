@@ -98,7 +98,10 @@ async def asgi_websocket(scope, receive, send):
         message = await receive()
         if message["type"] == "websocket.disconnect":
             return
-        await send({"type": "websocket.send", "bytes": message["bytes"]})
+        if (data := message.get("bytes")) is not None:
+            await send({"type": "websocket.send", "bytes": data})
+        else:  # the race sends none, autobahn.py does
+            await send({"type": "websocket.send", "text": message["text"]})
 
 
 async def pid(scope, receive, send):

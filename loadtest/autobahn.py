@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default="*", help="cases to run, with commas between: 1.*,5.3,12.1.*; default: all")
     parser.add_argument("--exclude", default="", help="cases to leave out")
-    parser.add_argument("--app", default="loadtest.echo:native", help="an application that echoes messages")
+    parser.add_argument("--app", default="loadtest.native:websocket", help="or loadtest.apps:asgi_websocket")
     parser.add_argument("--seconds", type=float, default=1800, help="the whole run may take this long")
     parser.add_argument("--python", type=Path, default=python2(), help="an interpreter of Python 2.7")
     return parser.parse_args()

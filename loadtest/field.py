@@ -62,26 +62,23 @@ def _prefork(app: str, more: str = "", *, is_logged: bool = False) -> Command:
     return command
 
 
+def _serve(program: str, module: str, interface: str, order: Order, flag: str) -> list[str]:
+    """`python -m` *module* with the application in the *interface*, at the order's port: *flag* is `--port` or `--bind`."""
+    where = f"127.0.0.1:{order.port}" if flag == "--bind" else str(order.port)
+    return [program, "-m", module, f"loadtest.apps:{interface}_{order.app}", flag, where]
+
+
 def _uvicorn(more: str) -> Command:
     def command(program: str, order: Order) -> list[str]:
-        line = [
-            program,
-            "-m",
-            "uvicorn",
-            f"loadtest.apps:asgi_{order.app}",
-            "--port",
-            str(order.port),
-            "--loop",
-            "uvloop",
-        ]
-        return [*line, "--no-access-log", *more.split(), *_tls(order, "--ssl-certfile", "--ssl-keyfile")]
+        line = [*_serve(program, "uvicorn", "asgi", order, "--port"), "--loop", "uvloop", "--no-access-log"]
+        return [*line, *more.split(), *_tls(order, "--ssl-certfile", "--ssl-keyfile")]
 
     return command
 
 
 def _granian(interface: str, more: str = "") -> Command:
     def command(program: str, order: Order) -> list[str]:
-        line = [program, "-m", "granian", f"loadtest.apps:{interface}_{order.app}", "--port", str(order.port)]
+        line = _serve(program, "granian", interface, order, "--port")
         line += ["--interface", interface, "--workers", "1", "--http", "1", "--no-access-log"]
         if interface != "wsgi":
             line += ["--loop", "uvloop"]
@@ -91,21 +88,14 @@ def _granian(interface: str, more: str = "") -> Command:
 
 
 def _hypercorn(program: str, order: Order) -> list[str]:
-    line = [program, "-m", "hypercorn", f"loadtest.apps:asgi_{order.app}", "--bind", f"127.0.0.1:{order.port}"]
-    return [*line, "--workers", "1", "--worker-class", "uvloop", *_tls(order, "--certfile", "--keyfile")]
+    line = [*_serve(program, "hypercorn", "asgi", order, "--bind"), "--workers", "1", "--worker-class", "uvloop"]
+    return [*line, *_tls(order, "--certfile", "--keyfile")]
 
 
 def _gunicorn(interface: str, more: str) -> Command:
     def command(program: str, order: Order) -> list[str]:
-        line = [
-            program,
-            "-m",
-            "gunicorn",
-            f"loadtest.apps:{interface}_{order.app}",
-            "--bind",
-            f"127.0.0.1:{order.port}",
-        ]
-        return [*line, "--workers", "1", "--no-control-socket", *more.split(), *_tls(order, "--certfile", "--keyfile")]
+        line = [*_serve(program, "gunicorn", interface, order, "--bind"), "--workers", "1", "--no-control-socket"]
+        return [*line, *more.split(), *_tls(order, "--certfile", "--keyfile")]
 
     return command
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from prefork.errors import ClientDisconnected, GatewayError, ResponseError
 from prefork.gateway.asgi import AsgiGateway, decode_path
 from prefork.protocol.response import FieldLines
+from tests.harness.loop import go
 
 
 def serve(app, exchange, *, state=None, root_path=""):
     """Run *exchange* through the gateway."""
-    asyncio.run(AsgiGateway(app, state=state, root_path=root_path)(exchange))
+    go(AsgiGateway(app, state=state, root_path=root_path)(exchange))
 
 
 def scope_of(exchange, **settings):
@@ -349,7 +350,7 @@ def test_send_waits_for_a_slow_client(exchange_for, wire):
         wire.take()
         await serving
 
-    asyncio.run(run())
+    go(run())
     assert wire.complete
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from prefork.errors import ClientDisconnected, GatewayError, ResponseError
 from prefork.gateway.exchange import BODY_HIGH_WATER, BODY_LOW_WATER, Exchange
 from prefork.protocol.events import Request
+from tests.harness.loop import go
 
 # ---- reading ----
 
@@ -22,14 +23,14 @@ def test_read_hands_out_pieces_in_order_and_then_nothing(exchange_for):
     async def run():
         return [await exchange.read() for _ in range(4)]
 
-    assert asyncio.run(run()) == [b"ab", b"c", b"", b""]
+    assert go(run()) == [b"ab", b"c", b"", b""]
 
 
 def test_read_of_a_request_without_body_is_empty_at_once(exchange_for):
     """A GET must not wait for anything."""
     exchange = exchange_for("GET")
 
-    assert asyncio.run(exchange.read()) == b""
+    assert go(exchange.read()) == b""
     assert not exchange.has_unread_body
 
 
@@ -44,7 +45,7 @@ def test_unread_body_ends_with_the_last_piece(exchange_for):
             seen.append(exchange.has_unread_body)
         return seen
 
-    assert asyncio.run(run()) == [True, True, False]
+    assert go(run()) == [True, True, False]
 
 
 def test_unread_body_ends_when_the_end_comes_after_the_last_piece_was_read(exchange_for):
@@ -52,7 +53,7 @@ def test_unread_body_ends_when_the_end_comes_after_the_last_piece_was_read(excha
     exchange = exchange_for("POST", chunked=True)
     exchange.feed(b"ab")
 
-    asyncio.run(exchange.read())
+    go(exchange.read())
     assert exchange.has_unread_body
     exchange.feed_end()
     assert not exchange.has_unread_body
@@ -68,7 +69,7 @@ def test_a_reader_that_waits_is_woken_by_a_piece(exchange_for):
         exchange.feed(b"ab")
         return await reader
 
-    assert asyncio.run(run()) == b"ab"
+    assert go(run()) == b"ab"
 
 
 def test_two_readers_share_the_pieces_and_none_is_lost(exchange_for):
@@ -85,7 +86,7 @@ def test_two_readers_share_the_pieces_and_none_is_lost(exchange_for):
         exchange.feed_end()
         return sorted(await asyncio.gather(*readers))
 
-    assert asyncio.run(run()) == [b"", b"a", b"b"]
+    assert go(run()) == [b"", b"a", b"b"]
 
 
 def test_a_cancelled_reader_takes_nothing_and_leaves_the_others_waiting(exchange_for):
@@ -100,13 +101,13 @@ def test_a_cancelled_reader_takes_nothing_and_leaves_the_others_waiting(exchange
         exchange.feed(b"a")
         return await second
 
-    assert asyncio.run(run()) == b"a"
+    assert go(run()) == b"a"
 
 
 def test_continue_is_asked_for_only_by_a_read_that_has_to_wait(exchange_for, wire):
     """RFC 9110, 10.1.1: a server that already has the body should not send 100."""
     here = exchange_for("POST", body=b"ab", expect_continue=True)
-    asyncio.run(here.read())
+    go(here.read())
     assert wire.count("continue") == 0
 
     awaited = exchange_for("POST", content_length=2, expect_continue=True)
@@ -118,7 +119,7 @@ def test_continue_is_asked_for_only_by_a_read_that_has_to_wait(exchange_for, wir
         awaited.feed(b"ab")
         await reader
 
-    asyncio.run(run())
+    go(run())
 
 
 def test_continue_is_not_asked_for_unless_the_body_is_read(exchange_for, wire):
@@ -146,7 +147,7 @@ def test_wire_is_paused_once_at_the_high_water_mark_and_resumed_once_at_the_low_
             await exchange.read()
         assert wire.calls == [("pause",), ("resume",)]
 
-    asyncio.run(run())
+    go(run())
 
 
 def test_one_piece_above_the_mark_is_paused_and_resumed(exchange_for, wire):
@@ -155,7 +156,7 @@ def test_one_piece_above_the_mark_is_paused_and_resumed(exchange_for, wire):
     exchange.feed(b"x" * (BODY_HIGH_WATER + 1))
     assert wire.calls == [("pause",)]
 
-    asyncio.run(exchange.read())
+    go(exchange.read())
     assert wire.calls == [("pause",), ("resume",)]
 
 
@@ -163,7 +164,7 @@ def test_reading_without_a_pause_resumes_nothing(exchange_for, wire):
     """The wire may have paused for a reason of its own; that is not the exchange's to undo."""
     exchange = exchange_for("POST", chunked=True)
     exchange.feed(b"ab")
-    asyncio.run(exchange.read())
+    go(exchange.read())
 
     assert wire.calls == []
 
@@ -221,7 +222,7 @@ def test_pauses_and_resumes_alternate_and_match_what_is_buffered(steps):
             if sum(held) <= BODY_LOW_WATER:
                 assert not is_paused
 
-    asyncio.run(run())
+    go(run())
     assert calls == ["pause", "resume"] * (len(calls) // 2) + ["pause"] * (len(calls) % 2)
 
 
@@ -241,7 +242,7 @@ def test_disconnect_wakes_everyone(exchange_for):
         await leaving
         return results
 
-    assert [type(each) for each in asyncio.run(run())] == [ClientDisconnected, ClientDisconnected]
+    assert [type(each) for each in go(run())] == [ClientDisconnected, ClientDisconnected]
 
 
 def test_pieces_that_arrived_before_the_disconnect_are_still_read(exchange_for):
@@ -255,7 +256,7 @@ def test_pieces_that_arrived_before_the_disconnect_are_still_read(exchange_for):
         with pytest.raises(ClientDisconnected):
             await exchange.read()
 
-    asyncio.run(run())
+    go(run())
 
 
 def test_a_complete_body_is_read_after_the_disconnect(exchange_for):
@@ -266,7 +267,7 @@ def test_a_complete_body_is_read_after_the_disconnect(exchange_for):
     async def run():
         return [await exchange.read(), await exchange.read()]
 
-    assert asyncio.run(run()) == [b"ab", b""]
+    assert go(run()) == [b"ab", b""]
 
 
 def test_a_reader_that_waits_is_woken_when_the_response_is_complete(exchange_for):
@@ -281,7 +282,7 @@ def test_a_reader_that_waits_is_woken_when_the_response_is_complete(exchange_for
         with pytest.raises(ClientDisconnected):
             await reader
 
-    asyncio.run(run())
+    go(run())
 
 
 def test_disconnected_returns_when_the_response_is_complete(exchange_for):
@@ -296,7 +297,7 @@ def test_disconnected_returns_when_the_response_is_complete(exchange_for):
         exchange.send(b"", False)
         await waiting
 
-    asyncio.run(run())
+    go(run())
 
 
 def test_send_to_a_client_that_left_raises(exchange_for, wire):
@@ -325,7 +326,7 @@ def test_reading_what_is_left_after_the_response_resumes_nothing(exchange_for, w
     exchange.feed(b"x" * BODY_HIGH_WATER)
     exchange.start(200, [])
     exchange.send(b"", False)
-    asyncio.run(exchange.read())
+    go(exchange.read())
 
     assert wire.count("resume") == 0
 
@@ -381,14 +382,14 @@ def test_write_waits_while_the_client_is_slow(exchange_for, wire):
         wire.take()
         await writing
 
-    asyncio.run(run())
+    go(run())
 
 
 def test_write_does_not_wait_while_the_client_keeps_up(exchange_for, wire):
     """Drain is for slow clients; the ordinary answer must not pay for it."""
     exchange = exchange_for()
     exchange.start(200, [])
-    asyncio.run(exchange.write(b"x", False))
+    go(exchange.write(b"x", False))
 
     assert wire.count("drain") == 0
 

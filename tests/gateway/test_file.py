@@ -15,6 +15,7 @@ from prefork.errors import ClientDisconnected, ResponseError
 from prefork.gateway.file import SMALL, Selection, guess_content_type, open_file, select
 from prefork.gateway.handler import HandlerGateway
 from prefork.gateway.message import Headers, Response
+from tests.harness.loop import go, in_threads
 
 MTIME = 1_000_000_000_500_000_000  # nanoseconds: half a second past the date below
 MODIFIED = "Sun, 09 Sep 2001 01:46:40 GMT"
@@ -193,10 +194,8 @@ def send(request, exchange_for):
 
         exchange = exchange_for(*arguments, **options)
         with ThreadPoolExecutor(2) as pool:
-            run_in_thread = None
-            if request.param == "threads":
-                run_in_thread = lambda call: asyncio.get_running_loop().run_in_executor(pool, call)  # noqa: E731
-            asyncio.run(HandlerGateway(handler, run_in_thread=run_in_thread)(exchange))
+            run_in_thread = in_threads(pool) if request.param == "threads" else None
+            go(HandlerGateway(handler, run_in_thread=run_in_thread)(exchange))
 
     return sender
 
@@ -342,7 +341,7 @@ def test_file_that_shrinks_is_not_padded(exchange_for, wire, tmp_path):
 
     wire.send_head = truncating
     with pytest.raises(ResponseError):
-        asyncio.run(HandlerGateway(handler, run_in_thread=None)(exchange_for()))
+        go(HandlerGateway(handler, run_in_thread=None)(exchange_for()))
 
     assert wire.header(b"content-length") == [b"%d" % (2 * SMALL)]
     assert not wire.complete
@@ -366,6 +365,6 @@ def test_client_that_leaves_closes_the_file(exchange_for, wire, tmp_path, monkey
         with pytest.raises(ClientDisconnected):
             await task
 
-    asyncio.run(scenario())
+    go(scenario())
 
     assert [each.file.closed for each in opened] == [True]

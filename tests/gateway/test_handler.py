@@ -15,26 +15,13 @@ from hypothesis import strategies as st
 from prefork.errors import ClientDisconnected, GatewayError, MalformedBody
 from prefork.gateway.handler import HandlerGateway
 from prefork.gateway.message import Headers, Query, Request, Response, as_response
-
-PATIENCE = 20  # seconds before a test that hangs is called a failure
+from tests.harness.loop import go, in_threads
 
 
 @pytest.fixture
 def pool():
     with ThreadPoolExecutor(2) as executor:
         yield executor
-
-
-def in_threads(pool):
-    return lambda call: asyncio.get_running_loop().run_in_executor(pool, call)
-
-
-def go(coroutine):
-    async def guarded():
-        async with asyncio.timeout(PATIENCE):
-            return await coroutine
-
-    return asyncio.run(guarded())
 
 
 @pytest.fixture(params=["threads", "inline"])

@@ -9,6 +9,7 @@ import pytest
 
 from prefork.errors import LifespanFailed
 from prefork.gateway.lifespan import Lifespan
+from tests.harness.loop import go
 
 STARTED = {"type": "lifespan.startup.complete"}
 STOPPED = {"type": "lifespan.shutdown.complete"}
@@ -36,7 +37,7 @@ def start(app, mode="auto"):
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return seen
 
-    return asyncio.run(run())
+    return go(run())
 
 
 def test_application_starts_before_the_requests_and_stops_after_them():
@@ -50,7 +51,7 @@ def test_application_starts_before_the_requests_and_stops_after_them():
         await lifespan.shutdown()
         assert state == {"db": "closed"}
 
-    asyncio.run(run())
+    go(run())
 
 
 def test_scope_names_its_versions():
@@ -191,7 +192,7 @@ def test_cancelled_startup_takes_the_application_down():
         with pytest.raises(asyncio.CancelledError):
             await starting
 
-    asyncio.run(run())
+    go(run())
     assert ended == [1]
 
 
@@ -241,7 +242,7 @@ def test_exception_while_serving_is_told_at_the_shutdown():
         with pytest.raises(LifespanFailed, match="LookupError: gone"):
             await lifespan.shutdown()
 
-    asyncio.run(run())
+    go(run())
 
 
 def test_application_that_returns_after_its_startup_has_nothing_to_stop():
@@ -312,7 +313,7 @@ def test_answer_out_of_turn_is_refused_in_the_applications_frame():
 
 def test_shutdown_without_startup_does_nothing():
     """A worker that failed earlier stops like any other."""
-    asyncio.run(Lifespan(well_behaved, {}).shutdown())
+    go(Lifespan(well_behaved, {}).shutdown())
 
 
 def test_second_shutdown_does_nothing():
@@ -324,4 +325,4 @@ def test_second_shutdown_does_nothing():
         await lifespan.shutdown()
         await lifespan.shutdown()
 
-    asyncio.run(run())
+    go(run())

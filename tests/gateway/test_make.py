@@ -6,6 +6,7 @@ import asyncio
 
 from prefork.gateway.load import load_application
 from prefork.gateway.make import make_gateway
+from tests.harness.loop import go
 
 
 def serve(app, exchange, *, interface="auto", run_in_thread=None, worker=None):
@@ -13,7 +14,7 @@ def serve(app, exchange, *, interface="auto", run_in_thread=None, worker=None):
     gateway = make_gateway(
         load_application(app, interface), run_in_thread=run_in_thread, worker=worker, state={"db": 1}, root_path="/api"
     )
-    asyncio.run(gateway(exchange))
+    go(gateway(exchange))
 
 
 def test_asgi_application_is_called_with_state_and_root_path(exchange_for, wire):

@@ -20,6 +20,7 @@ from prefork.gateway.websocket_exchange import (
     is_closing_code,
 )
 from prefork.protocol.websocket import Handshake
+from tests.harness.loop import go
 
 CONNECT = {"type": "websocket.connect"}
 ACCEPT = {"type": "websocket.accept"}
@@ -73,10 +74,6 @@ def opened(exchange, ws_wire):
     return exchange
 
 
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 10))
-
-
 # ---- ASGI ----
 
 
@@ -114,7 +111,7 @@ def test_asgi_conversation(exchange, ws_wire):
         for _ in range(2):
             assert await receive() == {"type": "websocket.disconnect", "code": 1001, "reason": "gone"}
 
-    run(AsgiWebSockets(app, state=None)(exchange))
+    go(AsgiWebSockets(app, state=None)(exchange))
     assert ws_wire.calls == [("open", "b", [(b"x-a", b"1")]), ("send", "t"), ("send", b"b")]
 
 
@@ -126,7 +123,7 @@ def test_messages_that_came_before_the_end_are_received_first(opened):
         receive = WebSocketConversation(opened).receive
         return [(await receive())["type"] for _ in range(3)]
 
-    assert run(converse()) == ["websocket.connect", "websocket.receive", "websocket.disconnect"]
+    assert go(converse()) == ["websocket.connect", "websocket.receive", "websocket.disconnect"]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +160,7 @@ def test_asgi_message_out_of_turn_is_an_error_where_it_was_sent(exchange, messag
             await send(messages[-1])
         return str(caught.value)
 
-    assert complaint in run(converse())
+    assert complaint in go(converse())
 
 
 def test_send_after_the_client_has_left_is_an_oserror(opened):
@@ -171,13 +168,13 @@ def test_send_after_the_client_has_left_is_an_oserror(opened):
     opened.feed_end(1006, "")
     send = WebSocketConversation(opened).send
     with pytest.raises(OSError, match="1006"):
-        run(send({"type": "websocket.send", "text": "a"}))
+        go(send({"type": "websocket.send", "text": "a"}))
     with pytest.raises(OSError, match="1006"):
-        run(send({"type": "websocket.close"}))
+        go(send({"type": "websocket.close"}))
 
 
 def test_close_before_the_accept_is_a_403(exchange, wire):
-    run(WebSocketConversation(exchange).send({"type": "websocket.close"}))
+    go(WebSocketConversation(exchange).send({"type": "websocket.close"}))
     assert (wire.status, wire.complete) == (403, True)
 
 
@@ -188,7 +185,7 @@ def test_denial_may_be_streamed(exchange, wire):
         await send({"type": "websocket.http.response.body", "body": b"a", "more_body": True})
         await send({"type": "websocket.http.response.body", "body": memoryview(b"b")})
 
-    run(deny())
+    go(deny())
     assert (wire.status, wire.body, wire.header(b"a"), wire.complete) == (401, b"ab", [b"b"], True)
     exchange.finish()
 
@@ -200,7 +197,7 @@ def test_application_that_decides_nothing_is_told(exchange, messages):
             await send(message)
 
     with pytest.raises(GatewayError, match="without accepting or denying"):
-        run(AsgiWebSockets(app, state=None)(exchange))
+        go(AsgiWebSockets(app, state=None)(exchange))
 
 
 def test_accept_that_http_forbids_leaves_the_choice_open(exchange, ws_wire, wire):
@@ -230,7 +227,7 @@ def test_queue_is_full_in_messages_and_is_resumed_when_it_is_nearly_empty(opened
         while not ws_wire.calls:
             await opened.receive()
 
-    run(take())
+    go(take())
     assert ws_wire.calls == [("resume",)]
     assert opened.has_messages
 
@@ -238,7 +235,7 @@ def test_queue_is_full_in_messages_and_is_resumed_when_it_is_nearly_empty(opened
 def test_queue_is_full_in_bytes(opened, ws_wire):
     assert opened.feed(bytes(QUEUE_HIGH_WATER_BYTES - 1))
     assert not opened.feed(b"x")
-    run(opened.receive())
+    go(opened.receive())
     assert ws_wire.calls == [("resume",)]
 
 
@@ -259,7 +256,7 @@ def test_cancelled_receive_loses_no_message(opened):
         opened.feed("b")
         return await opened.receive()
 
-    assert run(converse()) == "b"
+    assert go(converse()) == "b"
 
 
 def test_all_receivers_hear_of_the_end(opened):
@@ -269,7 +266,7 @@ def test_all_receivers_hear_of_the_end(opened):
         opened.feed_end(1000, "")
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    assert [each.code for each in run(converse())] == [1000] * 3
+    assert [each.code for each in go(converse())] == [1000] * 3
 
 
 def test_send_waits_for_a_slow_client(opened, ws_wire):
@@ -281,7 +278,7 @@ def test_send_waits_for_a_slow_client(opened, ws_wire):
         ws_wire.taken.set()
         await task
 
-    run(converse())
+    go(converse())
     assert ws_wire.calls == [("send", "a"), ("drain",)]
 
 
@@ -295,7 +292,7 @@ def test_send_that_waited_for_a_client_that_left_raises(opened, ws_wire):
         await task
 
     with pytest.raises(WebSocketDisconnected):
-        run(converse())
+        go(converse())
 
 
 def turns_during(converse):
@@ -311,7 +308,7 @@ def turns_during(converse):
         await task
         return turns
 
-    return run(count())
+    return go(count())
 
 
 @pytest.mark.parametrize(("message", "count"), [(b"x", 64), ("x" * 100, 61), (bytes(65536), 2)])
@@ -343,7 +340,7 @@ def test_messages_of_many_senders_keep_their_order(opened, ws_wire):
     async def converse():
         await asyncio.gather(*(opened.send(str(at)) for at in range(200)))
 
-    run(converse())
+    go(converse())
     assert [data for _, data in ws_wire.calls] == [str(at) for at in range(200)]
 
 
@@ -354,7 +351,7 @@ def test_send_hears_in_its_turn_that_the_client_left(opened):
             await opened.send("a")
 
     with pytest.raises(WebSocketDisconnected):
-        run(asyncio.wait_for(converse(), 10))
+        go(converse())
 
 
 def test_closing_codes_are_those_that_a_frame_may_carry():
@@ -367,7 +364,7 @@ def test_closing_codes_are_those_that_a_frame_may_carry():
 
 
 def native(handler, exchange):
-    run(NativeWebSockets(handler, worker="w")(exchange))
+    go(NativeWebSockets(handler, worker="w")(exchange))
 
 
 def test_native_echo(exchange, ws_wire):

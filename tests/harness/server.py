@@ -176,13 +176,23 @@ def _flags(**settings: object) -> Iterator[str]:
                 yield from (flag, str(item))
 
 
+def stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat (proc_pid_stat(5)) from the third, the state, on: a name before it may be anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def resident_memory(pid: int) -> int:
+    """Bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def pids_in_group(group: int) -> list[int]:
     """Processes of a process group that have not ended (zombies have)."""
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
             with suppress(OSError, IndexError):  # it ended while we looked
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+                fields = stat(int(entry))
                 if int(fields[2]) == group and fields[0] != "Z":
                     found.append(int(entry))
     return found
@@ -215,7 +225,7 @@ def wait_for_exit(pid: int, deadline: float = DEADLINE) -> bool:
 def suspend(pid: int) -> None:
     """SIGSTOP, and wait until it has come into effect: *pid* takes nothing more, until it is continued or killed."""
     os.kill(pid, signal.SIGSTOP)
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+    while stat(pid)[0] != "T":
         os.sched_yield()
 
 

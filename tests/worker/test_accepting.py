@@ -5,23 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 
 import pytest
-import uvloop
 
 from prefork.gateway.exchange import Exchange
-from prefork.protocol.limits import Limits
-from prefork.scoreboard import Scoreboard
-from prefork.worker.server import Server as WorkerServer
-from prefork.worker.service import Service, Timeouts
+from prefork.worker.service import Service
 from tests.harness.client import Client
-from tests.harness.server import Server
+from tests.harness.server import Server, stat
+from tests.harness.worker import LOOPS, Address, run_beside_worker, until
 
 # Descriptors for a worker that has some twenty of its own.
 FEW = 40
-
-LOOPS = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -50,8 +44,7 @@ def test_worker_out_of_descriptors_pauses_and_goes_on(loop):
 
 def processor_time(pid: int) -> float:
     """Seconds."""
-    with open(f"/proc/{pid}/stat") as stat:
-        fields = stat.read().rpartition(")")[2].split()
+    fields = stat(pid)
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -96,11 +89,8 @@ async def gateway(exchange: Exchange) -> None:
 def test_counters_return_to_zero(loop, ending, half_close):
     """However a connection ends: handoff gives work by these numbers."""
 
-    async def run(board: Scoreboard, listening: socket.socket) -> None:
-        service = make_service(board)
-        server = WorkerServer(service, None)
-        server.open([listening])
-        reader, writer = await asyncio.open_connection(*listening.getsockname())
+    async def test(service: Service, address: Address) -> None:
+        reader, writer = await asyncio.open_connection(*address)
         writer.write(ENDINGS[ending])
         if half_close:
             writer.write_eof()
@@ -108,35 +98,10 @@ def test_counters_return_to_zero(loop, ending, half_close):
             assert isinstance(with_reset[0], bytes | ConnectionResetError)
         writer.close()
         slot = service.slot
-        async with asyncio.timeout(10):
-            while not (slot.opened and service.is_idle):
-                service.something_ended.clear()
-                await service.something_ended.wait()
+        await until(lambda: bool(slot.opened) and service.is_idle, service)
         assert (slot.opened, slot.closed, slot.connections, slot.in_flight) == (1, 1, 0, 0)
-        await server.drain(1)
 
-    board = Scoreboard(1)
-    listening = socket.create_server(("127.0.0.1", 0))
-    listening.setblocking(False)
-    try:
-        with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
-            runner.run(run(board, listening))
-    finally:
-        listening.close()
-        board.close()
-
-
-def make_service(board: Scoreboard) -> Service:
-    return Service(
-        loop=asyncio.get_running_loop(),
-        gateway=gateway,
-        limits=Limits(),
-        timeouts=Timeouts(head=5, body=5, keep_alive=5, write=5),
-        slot=board[0],
-        access_log=None,
-        server_header=b"",
-        worker_id=1,
-    )
+    run_beside_worker(test, gateway, loop=loop)
 
 
 # ---- the access log ----

@@ -7,11 +7,11 @@ import re
 import signal
 import socket
 import ssl
-import subprocess
 from contextlib import suppress
 
 import pytest
 
+from tests.harness.certificates import Certificate, make_certificate
 from tests.harness.client import Client, get
 from tests.harness.server import Server
 
@@ -81,28 +81,21 @@ def test_sharing(loop, sharing):
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
-    """Paths of a certificate for localhost and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    paths = str(folder / "certificate.pem"), str(folder / "key.pem")
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    command = ["openssl", "req", *kind, *subject, "-out", paths[0], "-keyout", paths[1]]
-    subprocess.run(command, check=True, capture_output=True)
-    return paths
+    return make_certificate(tmp_path_factory.mktemp("tls"), "localhost", ["localhost"])
 
 
 @pytest.fixture(params=[("uvloop", "inherit"), ("asyncio", "handoff")], ids=str)
 def tls_server(request, certificate):
-    files = {"certfile": certificate[0], "keyfile": certificate[1]}
+    files = {"certfile": certificate.crt, "keyfile": certificate.key}
     loop, sharing = request.param
     with Server("tests.apps.asgi:app", workers=1, loop=loop, sharing=sharing, head_timeout=1, **files) as server:
         server.wait_ready(1)
         yield server
 
 
-def tls_client(server: Server, certificate: tuple[str, str]) -> Client:
+def tls_client(server: Server, certificate: Certificate) -> Client:
     client = Client(server.port)
-    context = ssl.create_default_context(cafile=certificate[0])
+    context = ssl.create_default_context(cafile=certificate.crt)
     client.socket = context.wrap_socket(client.socket, server_hostname="localhost")
     return client
 

@@ -18,12 +18,6 @@ def server():
         yield server
 
 
-@pytest.fixture
-def client(server):
-    with Client(server.port) as client:
-        yield client
-
-
 def test_scope_tells_both_ends_of_the_connection(server, client):
     scope = json.loads(client.get("/scope?a=b").body)
     assert scope == {

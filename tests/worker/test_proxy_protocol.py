@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from prefork.net.proxy import SIGNATURE
-from tests.harness.client import Client
+from tests.harness.client import Client, get
 from tests.harness.server import Server
 
 LINE = b"PROXY TCP4 192.0.2.1 198.51.100.2 56324 443\r\n"
@@ -98,6 +98,7 @@ def test_header_is_a_bad_request_where_none_is_expected():
         with Client(server.port) as client:
             client.send(LINE + REQUEST)
             assert client.read().status == 400
+        assert get(server.port).text == "hello"
 
 
 def test_unix_socket(tmp_path):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
 import ssl
 import struct
-import subprocess
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import pytest
 from prefork.errors import ClientDisconnected, ResponseError
 from prefork.worker.loop import loop_factory
 from prefork.worker.sendfile import Sockets, Transfer, _is_cached
+from tests.harness.certificates import make_certificate
 from tests.harness.descriptors import no_descriptor_leaks  # noqa: F401  (a fixture)
 
 DEADLINE = 20.0  # seconds
@@ -108,10 +107,22 @@ class Protocol(asyncio.Protocol):
             raise
 
 
+class WatchedSockets(Sockets):
+    """Tells when a transfer has to wait, since the buffers of both ends are full."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.full = asyncio.Event()
+
+    async def wait_writable(self, descriptor: int) -> None:
+        self.full.set()
+        await super().wait_writable(descriptor)
+
+
 class Connection:
     """Both ends of a connection: `server` is a Protocol, `client` a socket that does not block."""
 
-    def __init__(self, sockets: Sockets) -> None:
+    def __init__(self, sockets: WatchedSockets) -> None:
         self.sockets = sockets
 
     async def __aenter__(self) -> Self:
@@ -154,7 +165,7 @@ class Connection:
 
 
 async def with_connection(test: Callable[[Connection], Awaitable[None]], context: ssl.SSLContext | None = None) -> None:
-    sockets = Sockets(asyncio.get_running_loop())
+    sockets = WatchedSockets(asyncio.get_running_loop())
     try:
         async with Connection(sockets) as connection:
             await test(connection)
@@ -164,19 +175,16 @@ async def with_connection(test: Callable[[Connection], Awaitable[None]], context
         sockets.close()
 
 
-async def stands_still(transfer: Transfer) -> None:
-    """Until the client's and the server's buffers are full."""
-    seen = -1
-    while transfer.sent == 0 or seen != transfer.sent:
-        seen = transfer.sent
-        for _ in range(20):
-            await asyncio.sleep(0.005)
-            if seen != transfer.sent:
-                break
-
-
 def start(connection: Connection, file: int, count: int = SIZE, head: bytes = HEAD) -> asyncio.Task[None]:
     return asyncio.ensure_future(connection.server.send(head, file, 0, count))
+
+
+async def start_and_stand_still(connection: Connection, file: int) -> tuple[asyncio.Task[None], Transfer]:
+    """A transfer in the middle of *file*, which goes on only when the client takes something."""
+    sending = start(connection, file)
+    await connection.sockets.full.wait()
+    assert connection.server.transfer is not None
+    return sending, connection.server.transfer
 
 
 def test_file_follows_its_head(run, file, content):
@@ -225,10 +233,7 @@ def test_reading_goes_on_meanwhile(run, file):
     """Pipelined requests arrive, and so does the news that the client is gone."""
 
     async def test(connection: Connection) -> None:
-        sending = start(connection, file)
-        await asyncio.sleep(0)
-        assert connection.server.transfer is not None
-        await stands_still(connection.server.transfer)
+        sending, _ = await start_and_stand_still(connection, file)
         await asyncio.get_running_loop().sock_sendall(connection.client, b"next")
         await connection.server.heard.wait()
         assert connection.server.received == b"next"
@@ -243,11 +248,7 @@ def test_progress_is_seen_as_soon_as_the_client_takes_something(run, file):
     """The write deadline lives on it: a slow client is not a stalled one."""
 
     async def test(connection: Connection) -> None:
-        sending = start(connection, file)
-        await asyncio.sleep(0)
-        transfer = connection.server.transfer
-        assert transfer is not None
-        await stands_still(transfer)
+        sending, transfer = await start_and_stand_still(connection, file)
         missing = transfer.missing
         assert SIZE - transfer.sent < missing <= SIZE
         left = len(HEAD) + SIZE
@@ -292,10 +293,7 @@ def test_abort_ends_the_transfer_and_the_connection(run, file):
     """The write deadline, or the end of a drain: nothing of ours may keep the socket open."""
 
     async def test(connection: Connection) -> None:
-        sending = start(connection, file)
-        await asyncio.sleep(0)
-        assert connection.server.transfer is not None
-        await stands_still(connection.server.transfer)
+        sending, _ = await start_and_stand_still(connection, file)
         connection.server.transport.abort()
         with pytest.raises(ClientDisconnected):
             await sending
@@ -308,10 +306,7 @@ def test_cancelled_transfer_leaves_nothing_behind(run, file):
     """The application's own timeout around a send."""
 
     async def test(connection: Connection) -> None:
-        sending = start(connection, file)
-        await asyncio.sleep(0)
-        assert connection.server.transfer is not None
-        await stands_still(connection.server.transfer)
+        sending, _ = await start_and_stand_still(connection, file)
         sending.cancel()
         with pytest.raises(asyncio.CancelledError):
             await sending
@@ -324,10 +319,7 @@ def test_file_that_has_shrunk_is_an_error(run, file):
     """The length was announced; a short body must not pass for a whole one."""
 
     async def test(connection: Connection) -> None:
-        sending = start(connection, file)
-        await asyncio.sleep(0)
-        assert connection.server.transfer is not None
-        await stands_still(connection.server.transfer)
+        sending, _ = await start_and_stand_still(connection, file)
         os.ftruncate(file, 6_000_000)
         received = await connection.read(SIZE)
         with pytest.raises(ResponseError, match="6000000 bytes are missing"):
@@ -427,20 +419,9 @@ def test_file_not_in_memory_is_read_in_a_thread_first(run, file, content):
 @pytest.fixture(scope="module")
 def contexts(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """The server's and a client's."""
-    if shutil.which("openssl") is None:
-        pytest.skip("the openssl program is not installed, and makes the certificate")
-    directory = tmp_path_factory.mktemp("tls")
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-days", "2", "-subj", "/CN=localhost", "-keyout", "key", "-out", "crt"),
-        ],
-        cwd=directory,
-        check=True,
-        capture_output=True,
-    )
+    certificate = make_certificate(tmp_path_factory.mktemp("tls"), "localhost")
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(directory / "crt", directory / "key")
+    server.load_cert_chain(certificate.crt, certificate.key)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_mode = ssl.CERT_NONE

@@ -16,18 +16,15 @@ from pathlib import Path
 import pytest
 import websockets.sync.client
 
+from prefork.gateway.exchange import Exchange
 from prefork.net.tls import TLS, TLSFiles
-from prefork.scoreboard import Scoreboard
-from prefork.worker.server import Server as WorkerServer
+from prefork.worker.service import Service
 from tests.harness.certificates import Certificate, make_certificate
 from tests.harness.client import Client, get
 from tests.harness.server import DEADLINE, Server
-from tests.worker.test_accepting import LOOPS as MAKERS
-from tests.worker.test_accepting import make_service
+from tests.harness.worker import LOOPS, Address, run_beside_worker, until
 
 GET = b"GET / HTTP/1.1\r\nHost: t\r\n\r\n"
-
-LOOPS = ["uvloop", "asyncio"]
 
 # Preloaded, for that user may not be able to read the application either.
 NOBODY = {"user": "65534", "group": "65534", "preload": True}
@@ -288,36 +285,24 @@ def test_plain_text_on_a_tls_port_is_answered_with_400(made, way, first):
         assert "Traceback" not in server.log
 
 
-@pytest.mark.parametrize("loop", MAKERS)
+@pytest.mark.parametrize("loop", LOOPS)
 def test_client_refused_on_a_tls_port_leaves_the_counters_at_zero(made, loop):
     """What is in flight decides who is given work, and used to be -1."""
 
-    async def run(board: Scoreboard, listening: socket.socket) -> None:
-        service = make_service(board)
-        names = files(made["localhost"])
-        server = WorkerServer(service, TLS(TLSFiles.named(names["certfile"], names["keyfile"])))
-        server.open([listening])
-        reader, writer = await asyncio.open_connection(*listening.getsockname())
+    async def nothing(exchange: Exchange) -> None:
+        raise AssertionError("no request was read")
+
+    async def test(service: Service, address: Address) -> None:
+        reader, writer = await asyncio.open_connection(*address)
         writer.write(GET)
         assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
         writer.close()
         slot = service.slot
-        async with asyncio.timeout(DEADLINE):
-            while not slot.closed:
-                service.something_ended.clear()
-                await service.something_ended.wait()
+        await until(lambda: bool(slot.closed), service)
         assert (slot.requests, slot.begun, slot.in_flight, slot.connections) == (1, 1, 0, 0)
-        await server.drain(1)
 
-    board = Scoreboard(1)
-    listening = socket.create_server(("127.0.0.1", 0))
-    listening.setblocking(False)
-    try:
-        with asyncio.Runner(loop_factory=MAKERS[loop]) as runner:
-            runner.run(run(board, listening))
-    finally:
-        listening.close()
-        board.close()
+    names = files(made["localhost"])
+    run_beside_worker(test, nothing, loop=loop, tls=TLS(TLSFiles.named(names["certfile"], names["keyfile"])))
 
 
 def test_whoever_sends_nothing_is_dropped_at_the_deadline(made, way):
@@ -411,12 +396,3 @@ def test_plain_text_behind_a_proxy_header_is_answered_with_400(made, way):
             client.send(V1 + GET)
             assert client.read().status == 400
         server.wait_for(r"refused a client of 192\.0\.2\.7 port 4711 with 400: it did not speak TLS")
-
-
-def test_proxy_header_on_a_port_without_proxies_is_no_request():
-    with Server("tests.apps.plain:app", workers=1) as server:
-        server.wait_ready(1)
-        with Client(server.port) as client:
-            client.send(V1 + GET)
-            assert client.read().status == 400
-        assert get(server.port).text == "hello"

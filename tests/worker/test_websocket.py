@@ -8,14 +8,13 @@ import signal
 import socket
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect as _connect
 
 from tests.harness.client import DEADLINE, Client, get
-from tests.harness.server import Server
+from tests.harness.server import Server, resident_memory
 
 OPENING = (
     b"GET %b HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -326,14 +325,14 @@ def test_slow_client_holds_the_application_back(server):
 def test_reader_that_stalls_is_not_buffered_for(native, size):
     """On CPython 3.12 and later, `writelines` of asyncio's transport never tells that the buffer is full."""
     worker = native.worker(1)
-    before = resident(worker)
+    before = resident_memory(worker)
     with Client(native.port) as client:
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
         client.send(OPENING % (b"/streams?size=%d" % size, b""))
         client.read_until(b"\r\n\r\n")
         for _ in range(200):  # round trips, in which a worker that is not held back would send on
             assert get(native.port).text == "hello"
-        assert resident(worker) - before < 16_000_000
+        assert resident_memory(worker) - before < 16_000_000
     assert ending(native, f"/streams?size={size}") == "1006 "
 
 
@@ -360,11 +359,6 @@ def test_send_raises_as_soon_as_the_transport_closes(native):
         ending(native, "full")
         client.socket.shutdown(socket.SHUT_WR)
         assert "1006" in ending(native, "late")
-
-
-def resident(pid):
-    """Bytes of memory."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 @contextmanager
