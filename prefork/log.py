@@ -174,8 +174,12 @@ class JSONLines(logging.Formatter):
 # ---- the access log ----
 
 
+# The arguments of `AccessLog.log`.
+Answered = tuple[tuple[str, int] | None, str, bytes, str, int, int, float, int]
+
+
 class AccessLog:
-    """One line per response. Made once per process; `log` is on the hot path.
+    """One line per response. Made once per process; `log` is on the hot path, so it only takes note.
 
     Each line is written at once, or with a *defer* (`loop.call_soon`) those of one turn of
     the loop together, and with the time of the first. Then `flush` before the loop ends.
@@ -185,10 +189,9 @@ class AccessLog:
 
     def __init__(self, output: Output, log_format: str = "text") -> None:
         self.output = output
-        self._line = _access_json if log_format == "json" else _access_text
-        self._lines: list[str] = []
-        self._size = 0  # characters
-        self._now = ""
+        self._lines = _access_json if log_format == "json" else _access_text
+        self._responses: list[Answered] = []  # since the last flush
+        self._now = ""  # of the first of them
         _access_logs.append(self)
 
     @classmethod
@@ -218,23 +221,28 @@ class AccessLog:
 
         *client* is None on a unix socket; *target* is as it stood on the wire, *version* "1.1".
         """
-        if not self._lines:
+        responses = self._responses
+        responses.append((client, method, target, version, status, size, seconds, worker))
+        if len(responses) == 1:
             self._now = timestamp(time.time())
-            if self.defer is not None:
+            if self.defer is None:
+                self.flush()
+            else:
                 self.defer(self.flush)
-        line = self._line(
-            self._now, client[0] if client else "-", method, target, version, status, size, seconds, worker
-        )
-        if self._size + len(line) > PIPE_BUF:
-            self.flush()
-        self._lines.append(line)
-        self._size += len(line)
-        if self.defer is None:
-            self.flush()
 
     def flush(self) -> None:
-        """Write what was deferred."""
-        lines, self._lines, self._size = self._lines, [], 0
+        """Write what was deferred, as many lines at once as the reader of a pipe gets whole (pipe(7), PIPE_BUF)."""
+        responses, self._responses = self._responses, []
+        pending, size = [], 0
+        for line in self._lines(self._now, responses):
+            size += len(line)
+            if size > PIPE_BUF:
+                self._write(pending)
+                pending, size = [], len(line)
+            pending.append(line)
+        self._write(pending)
+
+    def _write(self, lines: list[str]) -> None:
         if lines:
             self.output.write("".join(lines).encode("ascii", "backslashreplace"))
 
@@ -248,32 +256,37 @@ class AccessLog:
 _access_logs: list[AccessLog] = []
 
 
-def _access_text(
-    now: str, client: str, method: str, target: bytes, version: str, status: int, size: int, seconds: float, worker: int
-) -> str:
-    return f'{now} {client} "{_quoted(method, target)} HTTP/{version}" {status} {size} {seconds:.6f} worker {worker}\n'
+def _access_text(now: str, responses: list[Answered]) -> list[str]:
+    return [
+        f"{now} {client[0] if client else '-'} {_said(method, target, version, status)} {size} {seconds:.6f} worker {worker}\n"
+        for client, method, target, version, status, size, seconds, worker in responses
+    ]
 
 
 @lru_cache(maxsize=256)  # targets repeat; those that do not push one another out
-def _quoted(method: str, target: bytes) -> str:
-    return _UNQUOTABLE.sub(_escape, f"{method} {target.decode('latin-1')}")
+def _said(method: str, target: bytes, version: str, status: int) -> str:
+    asked = _UNQUOTABLE.sub(_escape, f"{method} {target.decode('latin-1')}")
+    return f'"{asked} HTTP/{version}" {status}'
 
 
-def _access_json(
-    now: str, client: str, method: str, target: bytes, version: str, status: int, size: int, seconds: float, worker: int
-) -> str:
-    line = {
-        "time": now,
-        "client": client,
-        "method": method,
-        "target": target.decode("latin-1"),
-        "version": version,
-        "status": status,
-        "size": size,
-        "seconds": round(seconds, 6),
-        "worker": worker,
-    }
-    return json.dumps(line) + "\n"
+def _access_json(now: str, responses: list[Answered]) -> list[str]:
+    return [
+        json.dumps(
+            {
+                "time": now,
+                "client": client[0] if client else "-",
+                "method": method,
+                "target": target.decode("latin-1"),
+                "version": version,
+                "status": status,
+                "size": size,
+                "seconds": round(seconds, 6),
+                "worker": worker,
+            }
+        )
+        + "\n"
+        for client, method, target, version, status, size, seconds, worker in responses
+    ]
 
 
 # ---- both ----

@@ -16,6 +16,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Iterable
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
 from prefork.errors import ClientDisconnected
@@ -270,7 +271,7 @@ class HTTPConnection(asyncio.Protocol):
         self._has_served = True
         service.slot.whole[BEGUN] += 1
         if service.access_log is not None:
-            self._started_at = service.loop.time()
+            self._started_at = monotonic()  # the loop's clock stands still for a turn
         self._awaited, self.deadline = Awaited.APPLICATION, NEVER
         if request.upgrade is not None and service.websockets is not None and asks_for_websocket(request):
             # A protocol that is not spoken here is not changed to: RFC 9110, section 7.8, lets a server ignore Upgrade.
@@ -671,7 +672,7 @@ class HTTPConnection(asyncio.Protocol):
         if exchange is None:
             access_log.log(self._client, "-", b"-", "-", status, self._sent, 0.0, worker_id)
             return
-        request, seconds = exchange.request, self._service.loop.time() - self._started_at
+        request, seconds = exchange.request, monotonic() - self._started_at
         access_log.log(
             exchange.client, request.method, request.target, request.version, status, self._sent, seconds, worker_id
         )
