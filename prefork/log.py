@@ -233,7 +233,8 @@ class AccessLog:
     def flush(self) -> None:
         """Write what was deferred, as many lines at once as the reader of a pipe gets whole (pipe(7), PIPE_BUF)."""
         responses, self._responses = self._responses, []
-        pending, size = [], 0
+        pending: list[str] = []
+        size = 0
         for line in self._lines(self._now, responses):
             size += len(line)
             if size > PIPE_BUF:

@@ -519,7 +519,17 @@ class HTTPConnection(asyncio.Protocol):
         service = self._service
         service.slot.whole[REQUESTS] += 1
         if service.access_log is not None:
-            self._log_access(exchange, status or exchange.status)
+            request, seconds = exchange.request, monotonic() - self._started_at
+            service.access_log.log(
+                exchange.client,
+                request.method,
+                request.target,
+                request.version,
+                status or exchange.status,
+                self._sent,
+                seconds,
+                service.worker_id,
+            )
 
     def _next_cycle(self) -> None:
         if self._service.is_draining:
@@ -582,9 +592,11 @@ class HTTPConnection(asyncio.Protocol):
         self._sent = len(answer.partition(b"\r\n\r\n")[2])
         self._transport.write(answer)
         if exchange is None:
-            self._log_access(None, refusal.status)
-            self._service.slot.begun += 1
-            self._service.slot.requests += 1
+            service = self._service
+            service.slot.begun += 1
+            service.slot.requests += 1
+            if service.access_log is not None:
+                service.access_log.log(self._client, "-", b"-", "-", refusal.status, self._sent, 0.0, service.worker_id)
         else:
             self._leave_exchange(refusal.status)
             exchange.disconnect()
@@ -663,19 +675,6 @@ class HTTPConnection(asyncio.Protocol):
             drained, self._drained = self._drained, None
             if not drained.done():
                 drained.set_result(None)
-
-    def _log_access(self, exchange: Exchange | None, status: int) -> None:
-        """*exchange* None: it was refused before its head was understood."""
-        access_log, worker_id = self._service.access_log, self._service.worker_id
-        if access_log is None:
-            return
-        if exchange is None:
-            access_log.log(self._client, "-", b"-", "-", status, self._sent, 0.0, worker_id)
-            return
-        request, seconds = exchange.request, monotonic() - self._started_at
-        access_log.log(
-            exchange.client, request.method, request.target, request.version, status, self._sent, seconds, worker_id
-        )
 
     def _describe_client(self) -> str:
         return "a client on a unix socket" if self._client is None else f"{self._client[0]} port {self._client[1]}"
