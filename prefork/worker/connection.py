@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
 from prefork.errors import ClientDisconnected
 from prefork.gateway.exchange import Exchange
+from prefork.net.accepted import Accepted
 from prefork.net.forwarded import NOTHING
 from prefork.net.tls import tls_extension
 from prefork.protocol.connection import Connection
@@ -65,6 +68,7 @@ class HTTPConnection(asyncio.Protocol):
 
     __slots__ = (
         "__weakref__",
+        "_accepted",
         "_answered",
         "_awaited",
         "_client",
@@ -99,8 +103,10 @@ class HTTPConnection(asyncio.Protocol):
         "deadline",
     )
 
-    def __init__(self, service: Service, origin: ProxyHeader | None = None) -> None:
-        """*origin*: what a proxy said of the connection before its first byte."""
+    def __init__(
+        self, service: Service, accepted: socket.socket | None = None, origin: ProxyHeader | None = None
+    ) -> None:
+        """*accepted* is the transport's socket; *origin*: what a proxy said of the connection before its first byte."""
         self.deadline = NEVER  # on the loop's clock; see `Sweep`
         self._awaited = Awaited.APPLICATION
         self._service = service
@@ -109,6 +115,9 @@ class HTTPConnection(asyncio.Protocol):
         self._origin = origin
         self._client: tuple[str, int] | None = None
         self._server: tuple[str, int | None] | None = None
+        self._accepted = accepted
+        if isinstance(accepted, Accepted):
+            self._client, self._server = endpoint(accepted.peer), local_endpoint(accepted.local)
         self._scheme = "http"
         self._tls: dict[str, Any] | None = None  # made for the first request
         self._exchange: Exchange | None = None  # the one whose response is unfinished
@@ -139,8 +148,8 @@ class HTTPConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         get = transport.get_extra_info
-        self._client = endpoint(get("peername"))
-        self._server = local_endpoint(get("sockname"))
+        if self._server is None:
+            self._client, self._server = endpoint(get("peername")), local_endpoint(get("sockname"))
         if get("sslcontext") is not None:
             self._scheme = "https"
         origin = self._origin
@@ -368,6 +377,8 @@ class HTTPConnection(asyncio.Protocol):
         if service.is_draining or (not more and self._http.unread > DISCARD_LIMIT):
             self._http.close_after()
         data, rest = self._http.send_head(status, headers, body, more, date=service.date)
+        if not (more or self._http.keep_alive):
+            self._transport.set_write_buffer_limits(high=0)  # so that `_close` finds it written
         self._transport.write(data)
         if rest:
             self._transport.write(rest)
@@ -562,9 +573,14 @@ class HTTPConnection(asyncio.Protocol):
         """Everything that was asked is answered: close, without destroying the answer."""
         if self._http.buffered:
             self._linger()
-        else:
-            self._transport.close()
-            self._rearm()
+            return
+        if self._accepted is not None and self._scheme == "http" and not self._transport.get_write_buffer_size():
+            # The transport closes in a turn of the loop or two. A client that is quicker has to keep the
+            # connection's port for a minute (TIME_WAIT, RFC 9293 section 3.6.1), and has few of them.
+            with suppress(OSError):
+                self._accepted.shutdown(socket.SHUT_WR)
+        self._transport.close()
+        self._rearm()
 
     def _linger(self) -> None:
         """Say that we are done, and read on for a moment before closing."""

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 from prefork.errors import reason_of
+from prefork.net.accepted import Acceptor
 from prefork.net.forwarded import Trusted
 from prefork.net.proxy import ProxyHeader
 from prefork.net.tls import TLS
@@ -63,7 +64,7 @@ class Server:
         self._service = service
         self._loop = service.loop
         self._tls = tls
-        self._listening: set[socket.socket] = set()
+        self._listening: set[Acceptor] = set()
         self._starts: set[Coroutine[Any, Any, Any]] = set()  # of connections without TLS
         self._handshakes: set[asyncio.Task[None]] = set()
         self._accepts = ACCEPTS_ALONE if is_alone else 1
@@ -81,8 +82,9 @@ class Server:
         """Accept on *sockets*, which are listening already and do not block."""
         for listening in sockets:
             _send_at_once(listening)  # inherited by what is accepted
-            self._listening.add(listening)
-            self._loop.add_reader(listening.fileno(), self._accept, listening)
+            acceptor = Acceptor(listening)
+            self._listening.add(acceptor)
+            self._loop.add_reader(listening.fileno(), self._accept, acceptor)
 
     def adopt(self, connection: socket.socket) -> bool:
         """Serve *connection*. False, and it stays the caller's, while draining."""
@@ -97,7 +99,7 @@ class Server:
         """From the next instant on, no connection is accepted, and every answer says `Connection: close`."""
         self._service.is_draining = True
         while self._listening:
-            listening = self._listening.pop()
+            listening = self._listening.pop().socket
             self._loop.remove_reader(listening.fileno())
             listening.close()
 
@@ -121,30 +123,29 @@ class Server:
 
     # ---- accepting ----
 
-    def _accept(self, listening: socket.socket) -> None:
+    def _accept(self, acceptor: Acceptor) -> None:
         """With siblings, one connection per turn of the loop: a busy worker leaves the rest of the queue to them."""
         for _ in range(self._accepts):
-            if not self._accept_one(listening):
+            if not self._accept_one(acceptor):
                 return
 
-    def _accept_one(self, listening: socket.socket) -> bool:
+    def _accept_one(self, acceptor: Acceptor) -> bool:
         """False if there is no more to accept now."""
         try:
-            connection, _ = listening.accept()
+            connection = acceptor.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return False  # a sibling was faster, or the client left the queue
         except OSError as error:
             log.error("cannot accept a connection: %s; trying again in %g s", reason_of(error), ACCEPT_PAUSE)
-            self._loop.remove_reader(listening.fileno())
-            self._loop.call_later(ACCEPT_PAUSE, self._accept_again, listening)
+            self._loop.remove_reader(acceptor.socket.fileno())
+            self._loop.call_later(ACCEPT_PAUSE, self._accept_again, acceptor)
             return False
-        connection.setblocking(False)
         self._receive(connection)
         return True
 
-    def _accept_again(self, listening: socket.socket) -> None:
-        if listening in self._listening:  # not closed meanwhile
-            self._loop.add_reader(listening.fileno(), self._accept, listening)
+    def _accept_again(self, acceptor: Acceptor) -> None:
+        if acceptor in self._listening:  # not closed meanwhile
+            self._loop.add_reader(acceptor.socket.fileno(), self._accept, acceptor)
 
     # ---- from a socket to a transport ----
 
@@ -154,8 +155,7 @@ class Server:
         The loop's coroutine waits once, for the transport to be ready; a task is not needed to
         tell it so.
         """
-        make = self._make if origin is None else partial(self._make, origin=origin)
-        start = self._loop.connect_accepted_socket(make, connection)
+        start = self._loop.connect_accepted_socket(partial(self._make, connection, origin), connection)
         try:
             ready = start.send(None)
         except OSError as error:
@@ -187,7 +187,7 @@ class Server:
         timeout = self._service.timeouts.head
         try:
             await self._loop.connect_accepted_socket(
-                self._make if origin is None else partial(self._make, origin=origin),
+                partial(self._make, connection, origin),
                 connection,
                 ssl=self._tls.context,
                 ssl_handshake_timeout=None if timeout == NEVER else timeout,
