@@ -87,7 +87,8 @@ class HandlerGateway:
             exchange.send(b"", True)
         elif isinstance(body, list | tuple):
             for piece in body:
-                await _write(exchange, piece)
+                if _send(exchange, piece):
+                    await exchange.drain()
         elif isinstance(body, AsyncIterable):
             await _send_async(exchange, body)
         else:
@@ -98,7 +99,8 @@ class HandlerGateway:
         iterator = iter(body)
         try:
             while (piece := await self._off_loop(partial(next, iterator, END))) is not END:
-                await _write(exchange, piece)
+                if _send(exchange, piece):
+                    await exchange.drain()
         finally:
             close = getattr(iterator, "close", None)
             if close is not None:
@@ -142,18 +144,19 @@ async def _send_async(exchange: Exchange, body: AsyncIterable[bytes]) -> None:
     iterator = aiter(body)
     try:
         async for piece in iterator:
-            await _write(exchange, piece)
+            if _send(exchange, piece):
+                await exchange.drain()
     finally:
         aclose = getattr(iterator, "aclose", None)
         if aclose is not None:
             await aclose()
 
 
-async def _write(exchange: Exchange, piece: object) -> None:
+def _send(exchange: Exchange, piece: object) -> bool:
+    """True if the client is behind. Raises GatewayError for what is no piece."""
     if not isinstance(piece, bytes):
         raise GatewayError(f"the body of the response yielded {type(piece).__name__}, bytes were expected")
-    if piece:
-        await exchange.write(piece, True)
+    return bool(piece) and exchange.send(piece, True)
 
 
 @dataclass(frozen=True, slots=True)
