@@ -41,6 +41,7 @@ class Sink(Protocol):
     """Where an answer goes: a `Bridge`, or the `Exchange` itself."""
 
     def start(self, status: int, headers: FieldLines) -> None: ...
+    def send_at_once(self) -> None: ...
     def send(self, data: bytes, more: bool) -> object: ...
 
 
@@ -122,7 +123,9 @@ class Answer:
             raise GatewayError(f"write() was given {_kind(data)}, bytes were expected")
         if not data:
             return
-        self._begin()
+        if not self._has_sent_head:
+            self._begin()
+            self._sink.send_at_once()
         if self._within_length(data) != data:
             raise GatewayError(f"write() was given {len(data)} bytes, more than Content-Length announced")
         self._sink.send(data, True)

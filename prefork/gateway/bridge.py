@@ -19,9 +19,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from itertools import groupby
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Protocol, TypeVar, cast
 
 from prefork.errors import EXITS, ClientDisconnected, GatewayError
+from prefork.gateway.body import BodyFile
 from prefork.gateway.exchange import Exchange
 from prefork.gateway.file import Part, send_part
 from prefork.gateway.threads import carriable
@@ -35,14 +36,11 @@ T = TypeVar("T")
 HIGH_WATER = 256 * 1024
 LOW_WATER = HIGH_WATER // 4
 
-# What the application reads in smaller pieces than this, in bytes, is buffered in its thread.
-READ_SIZE = 64 * 1024
-
 # Pieces of a response below this size, in bytes, are joined to one; a larger one is not worth the copy.
 JOINED_SIZE = 16 * 1024
 
-# Bytes of a body kept in memory while it is read before the call; the rest goes to a
-# temporary file. Apache's mod_buffer takes 128 KiB, Django's uploads 2.5 MiB.
+# Bytes of a body kept in memory while it is read before the call. What is longer goes to a
+# temporary file, or through a bridge where there are threads. Apache's mod_buffer takes 128 KiB, Django's uploads 2.5 MiB.
 SPOOL_SIZE = 1024 * 1024
 
 
@@ -156,6 +154,9 @@ class Bridge:
         """Begin the response; it leaves with the first piece."""
         with self._changed:
             self._head = (status, headers)
+
+    def send_at_once(self) -> None:
+        """The loop sends while the thread goes on, which PEP 3333 is content with."""
 
     def send(self, data: bytes | Part, more: bool) -> None:
         """Hand over a piece; *more* false completes the response. Blocks while the client is slow.
@@ -281,49 +282,23 @@ class Bridge:
             raise ClientDisconnected("the event loop is closed") from None
 
 
-class BridgedBody(io.RawIOBase):
-    """The body of a request as a raw file, for an `io.BufferedReader` in the application's thread."""
-
-    def __init__(self, bridge: Bridge) -> None:
-        self._bridge = bridge
-        self._rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._rest:
-            self._rest = memoryview(self._bridge.read())
-        count = min(len(buffer), len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
-        return count
-
-    def readall(self) -> bytes:
-        pieces = [bytes(self._rest)]
-        self._rest = memoryview(b"")
-        while piece := self._bridge.read():
-            pieces.append(piece)
-        return b"".join(pieces)
-
-
 def open_body(bridge: Bridge, exchange: Exchange) -> IO[bytes]:
     """The body as a binary file that blocks until the bytes asked for are there."""
     if not exchange.request.has_body:
         return io.BytesIO()
-    return io.BufferedReader(BridgedBody(bridge), READ_SIZE)
+    return cast(IO[bytes], BodyFile(bridge.read))
 
 
 @asynccontextmanager
 async def spooled_body(exchange: Exchange) -> AsyncIterator[IO[bytes]]:
     """The whole body, read before the block begins, for an application called in the loop's own thread."""
-    pieces: list[bytes] = []
+    pieces: deque[bytes] = deque()
     size = 0
     while size <= SPOOL_SIZE and (data := await exchange.read()):
         pieces.append(data)
         size += len(data)
     if size <= SPOOL_SIZE:
-        yield io.BytesIO(b"".join(pieces))
+        yield file_of(pieces)
         return
     with tempfile.TemporaryFile() as file:
         file.writelines(pieces)
@@ -332,6 +307,13 @@ async def spooled_body(exchange: Exchange) -> AsyncIterator[IO[bytes]]:
             file.write(data)
         file.seek(0)
         yield file
+
+
+def file_of(pieces: deque[bytes]) -> IO[bytes]:
+    """*pieces*, which are taken out as they are read, as a file."""
+    if len(pieces) > 1:
+        return cast(IO[bytes], BodyFile(lambda: pieces.popleft() if pieces else b""))
+    return io.BytesIO(pieces[0] if pieces else b"")
 
 
 def outside_the_loop(call: Callable[[], T]) -> T:

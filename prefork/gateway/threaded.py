@@ -1,11 +1,11 @@
 """One exchange of a WSGI application in a thread: a `Job` for `Threads`.
 
-The ordinary answer, one piece or a known length, goes back to the loop as a whole.
-One that streams makes a `Bridge` and goes through it, in bounded memory. A body that
-has not arrived is not waited for: the exchange is handed back to be run another way.
+The body is there before a thread is asked, so that no slow client holds one. The
+ordinary answer, one piece or a known length, goes back to the loop as a whole; one
+that streams makes a `Bridge` and goes through it, in bounded memory.
 
-The one fact: the loop runs `prepare`, `end` and `accompany`, the thread `work`, `start`
-and `send`, and only the bridge may be made by either.
+The one fact: the loop runs `post`, `receive`, `end` and `accompany`, the thread `work`,
+`start` and `send`, and only the bridge may be made by either.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import Callable, Coroutine
+from collections import deque
+from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from typing import IO
 
 from prefork.gateway.answer import Answer, WSGIApplication
-from prefork.gateway.bridge import Bridge
+from prefork.gateway.bridge import Bridge, file_of
 from prefork.gateway.environ import Environ
 from prefork.gateway.exchange import Exchange
 from prefork.gateway.file import Part
@@ -43,7 +44,6 @@ class ThreadedCall:
         "_head",
         "_is_streaming",
         "_make_environ",
-        "_run_bridged",
         "_threads",
         "_whole",
     )
@@ -54,15 +54,12 @@ class ThreadedCall:
         make_environ: Callable[[Exchange], Environ],
         exchange: Exchange,
         threads: Threads,
-        run_bridged: Callable[[Exchange], Coroutine[Any, Any, None]],
     ) -> None:
-        """*run_bridged* is for a body that has not arrived."""
         self._app = app
         self._make_environ = make_environ
         self._exchange = exchange
         self._threads = threads
-        self._run_bridged = run_bridged
-        self._body = b""
+        self._body: IO[bytes] | None = None
         self._head: tuple[int, FieldLines] | None = None
         self._whole: bytes | None = None
         self._is_streaming = False
@@ -72,14 +69,20 @@ class ThreadedCall:
 
     # ---- the loop ----
 
-    def prepare(self) -> bool:
-        if self._exchange.request.has_body:
-            body = self._exchange.take_whole()
-            if body is None:
-                self._exchange.go_on(self._run_bridged(self._exchange))
-                return False
-            self._body = body
-        return True
+    def post(self, body: bytes) -> None:
+        """Have it run, with its whole *body*."""
+        self._body = io.BytesIO(body)
+        self._threads.post(self)
+
+    async def receive(self) -> None:
+        """Read the body into memory, have the call run, and stay with it to its end."""
+        pieces: deque[bytes] = deque()
+        while data := await self._exchange.read():
+            pieces.append(data)
+        self._body = file_of(pieces)
+        self._ended = self._threads.loop.create_future()
+        self._threads.post(self)
+        await self._open_bridge().carry(self._ended)
 
     def end(self) -> None:
         self._respond()
@@ -132,6 +135,9 @@ class ThreadedCall:
     def start(self, status: int, headers: FieldLines) -> None:
         self._head = (status, headers)
 
+    def send_at_once(self) -> None:
+        """As `Bridge.send_at_once`."""
+
     def send(self, data: bytes | Part, more: bool) -> None:
         if self._is_streaming or more or isinstance(data, Part):
             self._stream(data, more)
@@ -142,7 +148,7 @@ class ThreadedCall:
 
     def _call(self) -> None:
         environ = self._make_environ(self._exchange)
-        environ["wsgi.input"] = io.BytesIO(self._body)
+        environ["wsgi.input"] = self._body
         answer = Answer(self)
         iterable = self._app(environ, answer.start_response)
         self._whole = answer.whole(iterable)

@@ -2,9 +2,8 @@
 
 The loop posts jobs; a thread works on each, and then the loop ends it. What costs in
 handing over is the waking and the changing of hands of the interpreter's lock, not
-the work, so both directions go in batches: jobs that are posted in one turn of the
-loop reach the threads together, and what threads have to tell reaches the loop
-together, with one wake for all of it.
+the work. So threads are posted to freely, since a busy one needs no waking, and what
+they have to tell reaches the loop together, with one wake for all of it.
 
 The threads are daemons: one that hangs ends with the process.
 """
@@ -28,9 +27,6 @@ T = TypeVar("T")
 class Job(Protocol):
     """What is done in a thread for the loop."""
 
-    def prepare(self) -> bool:
-        """In the loop, just before a thread gets it. False: it has gone another way."""
-
     def work(self) -> None:
         """In a thread. Raises nothing."""
 
@@ -48,7 +44,6 @@ class Threads:
         self._count = count
         self.loop = loop
         self._threads: list[threading.Thread] = []
-        self._posted: list[Job] = []  # in this turn of the loop
         self._queue: SimpleQueue[Job | None] = SimpleQueue()  # None: nothing comes after it
         self._unfinished: set[Job] = set()
         self._told: deque[Callable[[], object]] = deque()
@@ -66,11 +61,11 @@ class Threads:
         return future
 
     def post(self, job: Job) -> None:
-        """Give *job* to a thread, after all that this turn of the loop has still to read."""
-        if not self._posted:
-            self.loop.call_soon(self._hand_over)
-        self._posted.append(job)
+        """Give *job* to a thread."""
+        if len(self._threads) < self._count:
+            self._start()
         self._unfinished.add(job)
+        self._queue.put(job)
 
     def drain(self) -> None:
         """The worker leaves."""
@@ -91,22 +86,10 @@ class Threads:
         for _ in self._threads:
             self._queue.put(None)
 
-    def _hand_over(self) -> None:
-        posted, self._posted = self._posted, []
-        if len(self._threads) < self._count:
-            self._start(len(posted))
-        put = self._queue.put
-        for job in posted:
-            if job.prepare():
-                put(job)
-            else:
-                self._unfinished.discard(job)
-
-    def _start(self, count: int) -> None:
-        for _ in range(min(count, self._count - len(self._threads))):
-            thread = threading.Thread(target=self._work, name=f"prefork_{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._work, name=f"prefork_{len(self._threads)}", daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def _settle(self) -> None:
         self._is_announced = False
@@ -155,9 +138,6 @@ class _Call(Generic[T]):
         self._future = future
         self._result: Any = None
         self._error: BaseException | None = None
-
-    def prepare(self) -> bool:
-        return not self._future.cancelled()
 
     def work(self) -> None:
         if self._future.cancelled():

@@ -1,8 +1,9 @@
 """WSGI (PEP 3333) over an `Exchange`: where the application runs, and when.
 
 Without threads, the application is called in the event loop itself, one request at a
-time, after its body has been read. With threads, each request runs in one of them, as
-a `ThreadedCall`; where the body has still to come, it is read through a `Bridge`.
+time, after its body has been read. With threads, each request runs in one of them:
+after its body has been read too, as a `ThreadedCall`, if that is short; a body that is
+long, of unknown length or waits for 100 Continue is read through a `Bridge` as it comes.
 
 What the application says is not judged here: `Answer` does that, wherever it runs.
 
@@ -22,13 +23,14 @@ from contextvars import Context, copy_context
 from typing import IO, Any, TypeVar
 
 from prefork.errors import EXITS, ApplicationExited
-from prefork.gateway.answer import Answer, FileWrapper, Piece, Pieces, WSGIApplication
-from prefork.gateway.bridge import Bridge, RunInThread, open_body, outside_the_loop, spooled_body
+from prefork.gateway.answer import Answer, FileWrapper, Pieces, WSGIApplication
+from prefork.gateway.bridge import SPOOL_SIZE, Bridge, RunInThread, open_body, spooled_body
 from prefork.gateway.environ import Environ, EnvironMaker
 from prefork.gateway.exchange import Exchange
 from prefork.gateway.file import Part, send_part
-from prefork.gateway.threaded import ThreadedCall, failure
+from prefork.gateway.threaded import ThreadedCall
 from prefork.gateway.threads import Threads
+from prefork.protocol.events import Request
 
 T = TypeVar("T")
 
@@ -50,7 +52,6 @@ class WsgiGateway:
         self._threads = run_in_thread if isinstance(run_in_thread, Threads) else None
         self._context = copy_context()  # no request's
         self._turn = Turn()
-        self._begun: list[Exchange] = []  # in this turn of the loop, to be called in its thread
         constants: Environ = {
             "SERVER_SOFTWARE": "prefork",
             "wsgi.version": (1, 0),
@@ -73,18 +74,21 @@ class WsgiGateway:
     def begin(self, exchange: Exchange) -> Coroutine[Any, Any, None] | None:
         """As a call does, without a task where none is needed: None, or the rest to be awaited.
 
-        None too if it is seen to later, by a callback or a thread. What the application
-        raises then, or `start` and `send`, is told to `Exchange.go_on`.
+        Call it after all that is there was read. None, too, if a thread sees to it: what
+        the application raises there is told to `Exchange.go_on`.
         """
-        if self._run_in_thread is None and not exchange.request.expect_continue:
-            self._begin_inline(exchange)
-            return None
         if self._run_in_thread is None:
-            return self._wait_inline(exchange)
+            return self._begin_inline(exchange)
         threads = self._threads
-        if threads is None or threads.is_draining or exchange.request.expect_continue:
+        if threads is None or threads.is_draining:
             return self._run_bridged(exchange)
-        threads.post(ThreadedCall(self._app, self._make_environ, exchange, threads, self._run_bridged))
+        body = exchange.take_whole()
+        if body is None and _is_as_it_comes(exchange.request):
+            return self._run_bridged(exchange)
+        call = ThreadedCall(self._app, self._make_environ, exchange, threads)
+        if body is None:
+            return call.receive()
+        call.post(body)
         return None
 
     # ---- in a thread, behind a bridge ----
@@ -107,27 +111,9 @@ class WsgiGateway:
 
     # ---- in the loop ----
 
-    def _begin_inline(self, exchange: Exchange) -> None:
-        """After this turn of the loop has read all that is there, bodies too.
-
-        To read many requests and then to call for all of them takes a tenth less time than
-        by turns, perhaps because the processor's caches need not hold both codes at once.
-        """
-        if not self._begun:
-            asyncio.get_running_loop().call_soon(self._call_begun)
-        self._begun.append(exchange)
-
-    def _call_begun(self) -> None:
-        begun, self._begun = self._begun, []
-        for exchange in begun:
-            rest: Coroutine[Any, Any, None] | None
-            try:
-                body = None if self._turn.is_taken else exchange.take_whole()
-                rest = self._wait_inline(exchange) if body is None else self._call_inline(exchange, io.BytesIO(body))
-            except BaseException as exc:  # noqa: BLE001 - the door is on the other side of `go_on`
-                rest = failure(exc)
-            if rest is not None:
-                exchange.go_on(rest)
+    def _begin_inline(self, exchange: Exchange) -> Coroutine[Any, Any, None] | None:
+        body = None if self._turn.is_taken else exchange.take_whole()
+        return self._wait_inline(exchange) if body is None else self._call_inline(exchange, io.BytesIO(body))
 
     async def _wait_inline(self, exchange: Exchange) -> None:
         """Read the body, wait for the turn, call.
@@ -148,73 +134,61 @@ class WsgiGateway:
         environ["wsgi.input"] = body
         answer = Answer(exchange)
         context = self._context.copy()
-        loop = asyncio.get_running_loop()
-        asyncio._set_running_loop(None)  # as in `outside_the_loop`, without its closure
-        try:
-            iterable = context.run(self._app, environ, answer.start_response)
-        except EXITS as exc:
-            raise ApplicationExited(exc) from exc
-        finally:
-            asyncio._set_running_loop(loop)
+        iterable = _apart(context, self._app, environ, answer.start_response)
         whole = answer.whole(iterable)
         if whole is not None:
             exchange.send(whole, False)
             return None
-        return self._send_inline(exchange, Steps(answer.pieces(iterable), context))
-
-    def _send_inline(self, exchange: Exchange, steps: Steps) -> Coroutine[Any, Any, None] | None:
-        self._turn.is_taken = True
+        pieces = answer.pieces(iterable)
         is_over = True
         try:
-            data, more = steps.next()
+            data, more = _apart(context, next, pieces)
             if not more and not isinstance(data, Part):
                 exchange.send(data, False)
                 return None
             is_over = False
-            return self._stream_inline(exchange, data, steps)
+            self._turn.is_taken = True
+            return self._stream_inline(exchange, data, more, pieces, context)
         finally:
             if is_over:
-                self._close_inline(steps)
+                _apart(context, pieces.close)
 
-    async def _stream_inline(self, exchange: Exchange, data: bytes | Part, steps: Steps) -> None:
-        more = True
+    async def _stream_inline(
+        self, exchange: Exchange, data: bytes | Part, more: bool, pieces: Pieces, context: Context
+    ) -> None:
         try:
+            if more:
+                exchange.send_at_once()
             while more and not isinstance(data, Part):
-                await exchange.write(data, True)
-                await asyncio.sleep(0)  # the piece leaves in the next turn; a fast client never makes `write` wait
-                data, more = steps.next()
+                if exchange.send(data, True):
+                    await exchange.drain()
+                data, more = _apart(context, next, pieces)
             if isinstance(data, Part):
                 await send_part(exchange, data, False)
             else:
                 exchange.send(data, False)
         finally:
-            self._close_inline(steps)
-
-    def _close_inline(self, steps: Steps) -> None:
-        try:
-            steps.close()
-        finally:
-            self._turn.release()
+            try:
+                _apart(context, pieces.close)
+            finally:
+                self._turn.release()
 
 
-class Steps:
-    """The pieces of an answer, made in the loop's thread one by one, as if no loop were running there."""
+def _apart(context: Context, call: Callable[..., T], *args: Any) -> T:
+    """`outside_the_loop`, in *context*: what the application does in the loop's thread."""
+    loop = asyncio.get_running_loop()
+    asyncio._set_running_loop(None)
+    try:
+        return context.run(call, *args)
+    except EXITS as exc:
+        raise ApplicationExited(exc) from exc
+    finally:
+        asyncio._set_running_loop(loop)
 
-    def __init__(self, pieces: Pieces, context: Context) -> None:
-        self._pieces = pieces
-        self._context = context
 
-    def next(self) -> Piece:
-        return self._run(lambda: next(self._pieces))
-
-    def close(self) -> None:
-        self._run(self._pieces.close)
-
-    def _run(self, call: Callable[[], T]) -> T:
-        try:
-            return outside_the_loop(lambda: self._context.run(call))
-        except EXITS as exc:
-            raise ApplicationExited(exc) from exc
+def _is_as_it_comes(request: Request) -> bool:
+    """Whether the application is to have the body while it is still coming: to ask for it, or because of its size."""
+    return request.expect_continue or request.content_length is None or request.content_length > SPOOL_SIZE
 
 
 class Turn:

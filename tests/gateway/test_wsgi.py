@@ -8,6 +8,7 @@ import sys
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from types import SimpleNamespace
 from wsgiref.validate import validator
 
@@ -16,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefork.errors import ApplicationExited, ClientDisconnected, GatewayError, ResponseError
-from prefork.gateway.bridge import HIGH_WATER
+from prefork.gateway.bridge import HIGH_WATER, SPOOL_SIZE
 from prefork.gateway.threads import Threads
 from prefork.gateway.wsgi import WsgiGateway
 from prefork.protocol.events import Fields
+from tests.harness.client import DEADLINE
+from tests.harness.loop import go, in_threads
 
-PATIENCE = 20  # seconds before a test that hangs is called a failure
 PIECE = b"x" * HIGH_WATER
 MEGABYTE = 1024 * 1024
 
@@ -30,10 +32,6 @@ MEGABYTE = 1024 * 1024
 def pool():
     with ThreadPoolExecutor(4) as executor:
         yield executor
-
-
-def in_threads(pool):
-    return lambda call: asyncio.get_running_loop().run_in_executor(pool, call)
 
 
 @pytest.fixture(params=["threads", "inline", "begun in threads", "begun inline"])
@@ -59,9 +57,8 @@ async def begin(gateway, exchange, wire, threads=None):
     rest = gateway.begin(exchange)
     if rest is not None:
         await rest
-    await asyncio.sleep(0)  # a body is looked for once more after this turn of the loop
     if threads is not None:
-        await threads.wait(PATIENCE)
+        await threads.wait(DEADLINE)
     wire.calls[:] = [call for call in wire.calls if call != ("go_on",)]
     while wire.tasks:
         await wire.tasks.pop()
@@ -75,28 +72,60 @@ async def begin_in_threads(app, exchange, wire, **options):
         threads.close()
 
 
-def go(coroutine):
-    async def guarded():
-        async with asyncio.timeout(PATIENCE):
-            return await coroutine
-
-    return asyncio.run(guarded())
-
-
 def test_an_application_may_run_a_loop_of_its_own(run, exchange_for, wire):
     """Flask's async views do, and Django refuses its database where a loop runs: also with --threads 0."""
 
-    async def answer():
+    async def answer(text):
         await asyncio.sleep(0)
-        return b"own loop"
+        return text
+
+    class Answers(Pieces):
+        def close(self):
+            super().close()
+            asyncio.run(answer(b""))
+
+    answers = Answers(asyncio.run(answer(text)) for text in (b"own ", b"loop"))
 
     def app(environ, start_response):
-        start_response("200 OK", [])
-        yield asyncio.run(answer())
+        start_response(asyncio.run(answer("200 OK")), [])
+        return answers
 
     run(app, exchange_for())
 
-    assert wire.body == b"own loop"
+    assert (wire.body, wire.complete, len(answers.closed_in)) == (b"own loop", True, 1)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_context_variables_of_a_request_are_its_own_from_its_call_to_its_close(exchange_for, wire, count):
+    """A request's id for the log lives in one, and the next request must not have it."""
+    variable, seen = ContextVar("variable", default="none"), []
+
+    class Seeing(Pieces):
+        def close(self):
+            seen.append(variable.get())
+
+    def step(number):
+        seen.append(variable.get())
+        variable.set(number)
+        return b"x"
+
+    def app(environ, start_response):
+        seen.append(variable.get())
+        variable.set("called")
+        start_response("200 OK", [])
+        return Seeing(map(step, (1, 2)))
+
+    async def scenario():
+        threads = Threads(count, asyncio.get_running_loop()) if count else None
+        gateway = WsgiGateway(app, run_in_thread=threads)
+        for _ in range(2):
+            await begin(gateway, exchange_for(), wire, threads)
+        if threads is not None:
+            threads.close()
+
+    go(scenario())
+
+    assert seen == ["none", "called", 1, 2] * 2
 
 
 def environ_of(run, exchange, **options):
@@ -477,7 +506,8 @@ def test_iterable_is_closed_once_and_where_it_ran(run, exchange_for, pieces):
     assert iterable.closed_in == ran_in
 
 
-def test_exception_in_close_comes_out(run, exchange_for, wire):
+@pytest.mark.parametrize("headers", [[], [("Content-Length", "1")]], ids=["stream", "known length"])
+def test_exception_in_close_comes_out(run, exchange_for, wire, headers):
     """The response is complete and stands; the log must tell all the same."""
 
     class Failing(Pieces):
@@ -485,7 +515,7 @@ def test_exception_in_close_comes_out(run, exchange_for, wire):
             raise LookupError("in close")
 
     def app(environ, start_response):
-        start_response("200 OK", [])
+        start_response("200 OK", headers)
         return Failing([b"a"])
 
     with pytest.raises(LookupError, match="in close"):
@@ -835,7 +865,7 @@ def test_thread_that_outlives_its_loop_ends_with_an_error_of_its_own(exchange_fo
 
     def app(environ, start_response):
         start_response("200 OK", [])
-        go_on.wait(PATIENCE)
+        go_on.wait(DEADLINE)
         return iterable
 
     async def scenario(pool):
@@ -854,7 +884,7 @@ def test_call_that_no_thread_has_begun_is_withdrawn_with_its_exchange(exchange_f
     called, release = [], threading.Event()
 
     async def scenario(pool):
-        pool.submit(release.wait, PATIENCE)
+        pool.submit(release.wait, DEADLINE)
         task = start(lambda environ, start_response: called.append(1), exchange_for(), pool)
         await asyncio.sleep(0)
         task.cancel()
@@ -880,7 +910,7 @@ def begun(app, exchanges, wire, *, then=lambda threads: None):
         for exchange in exchanges:
             assert gateway.begin(exchange) is None
         then(threads)
-        await threads.wait(PATIENCE)
+        await threads.wait(DEADLINE)
         results = await asyncio.gather(*wire.tasks, return_exceptions=True)
         threads.close()
         return results
@@ -896,11 +926,18 @@ def test_ordinary_answer_of_a_thread_takes_no_task(exchange_for, wire):
 
 
 def test_ordinary_answer_in_the_loop_takes_no_task(exchange_for, wire):
-    """It comes when this turn of the loop has read what there is, without one."""
+    """Nor does an error: whoever begins is the door for applications."""
+
+    def app(environ, start_response):
+        if environ["PATH_INFO"] == "/fails":
+            raise LookupError("theirs")
+        return answering(b"hello")(environ, start_response)
 
     async def scenario():
-        assert WsgiGateway(answering(b"hello"), run_in_thread=None).begin(exchange_for()) is None
-        await asyncio.sleep(0)
+        gateway = WsgiGateway(app, run_in_thread=None)
+        with pytest.raises(LookupError, match="theirs"):
+            gateway.begin(exchange_for("GET", "/fails"))
+        assert gateway.begin(exchange_for()) is None
 
     go(scenario())
 
@@ -909,7 +946,7 @@ def test_ordinary_answer_in_the_loop_takes_no_task(exchange_for, wire):
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_body_that_comes_with_its_head_needs_no_task(exchange_for, wire, count):
-    """A small form arrives in one segment; the pieces are fed after the exchange was begun."""
+    """A small form arrives in one segment, or in one turn of the loop."""
     bodies = []
 
     def app(environ, start_response):
@@ -918,19 +955,108 @@ def test_body_that_comes_with_its_head_needs_no_task(exchange_for, wire, count):
 
     async def scenario():
         threads = Threads(count, asyncio.get_running_loop()) if count else None
-        exchange = exchange_for("POST", content_length=4)
+        exchange = exchange_for("POST", body=[b"ab", b"cd"])
         assert WsgiGateway(app, run_in_thread=threads).begin(exchange) is None
-        exchange.feed(b"ab")
-        exchange.feed(b"cd")
-        exchange.feed_end()
-        await asyncio.sleep(0)
         if threads is not None:
-            await threads.wait(PATIENCE)
+            await threads.wait(DEADLINE)
             threads.close()
 
     go(scenario())
 
     assert (bodies, wire.body, wire.count("go_on")) == ([b"abcd"], b"thanks", 0)
+
+
+def begun_before_its_body(app, exchange, wire, feed):
+    """The outcome of what `begin` returns for *exchange* in the only thread; *feed* is called when it waits."""
+
+    async def scenario():
+        threads = Threads(1, asyncio.get_running_loop())
+        gateway = WsgiGateway(app, run_in_thread=threads)
+        rest = asyncio.create_task(gateway.begin(exchange))
+        try:
+            await asyncio.sleep(0)  # it is begun
+            await feed(gateway, threads, rest)
+            return (await asyncio.gather(rest, return_exceptions=True))[0]
+        finally:
+            threads.close()
+
+    return go(scenario())
+
+
+ANSWERS = {
+    "whole": lambda body: [body],
+    "known length": lambda body: Pieces([body]),
+    "stream": lambda body: iter([body, b"!"]),
+    "failure": lambda body: {}[body],
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_slow_upload_holds_no_thread(exchange_for, wire, kind):
+    """Four slow clients would be the end of a worker with four threads."""
+    order = []
+
+    def app(environ, start_response):
+        order.append(environ["PATH_INFO"])
+        start_response("200 OK", [("Content-Length", "5")] if kind == "known length" else [])
+        return ANSWERS[kind](environ["wsgi.input"].read()) if environ["PATH_INFO"] == "/slow" else [b"other"]
+
+    async def feed(gateway, threads, rest):
+        exchange.feed(b"ab\n")
+        assert gateway.begin(exchange_for("GET", "/other")) is None
+        await threads.wait(DEADLINE)
+        exchange.feed(b"cd")
+        exchange.feed_end()
+
+    exchange = exchange_for("POST", "/slow", content_length=5)
+    outcome = begun_before_its_body(app, exchange, wire, feed)
+
+    assert order == ["/other", "/slow"]
+    assert type(outcome) is (KeyError if kind == "failure" else type(None))
+    assert wire.body == b"other" + {"failure": b"", "stream": b"ab\ncd!"}.get(kind, b"ab\ncd")
+
+
+@pytest.mark.parametrize(
+    "request_as",
+    [{"chunked": True}, {"content_length": SPOOL_SIZE + 1}, {"content_length": 4, "expect_continue": True}],
+    ids=["unknown length", "long", "to be asked for"],
+)
+def test_body_that_is_not_waited_for_is_read_as_it_comes(exchange_for, wire, request_as):
+    """What streams for ever, what is too large for memory, and what the application may refuse."""
+    lines, has_read = [], threading.Event()
+
+    def app(environ, start_response):
+        lines.append(environ["wsgi.input"].readline())
+        has_read.set()
+        lines.extend(environ["wsgi.input"])
+        return answering(b"ok")(environ, start_response)
+
+    async def feed(gateway, threads, rest):
+        exchange.feed(b"a\n")
+        assert await asyncio.to_thread(has_read.wait, DEADLINE)
+        exchange.feed(b"b\n")
+        exchange.feed_end()
+
+    exchange = exchange_for("POST", **request_as)
+    begun_before_its_body(app, exchange, wire, feed)
+
+    assert (lines, wire.body) == ([b"a\n", b"b\n"], b"ok")
+
+
+@pytest.mark.parametrize("way", ["leaves", "is cancelled"])
+def test_call_whose_body_never_comes_is_not_made(exchange_for, wire, way):
+    """The client left in the middle of its upload, or the worker's time is over."""
+    called = []
+
+    async def feed(gateway, threads, rest):
+        exchange.feed(b"ab")
+        exchange.disconnect() if way == "leaves" else rest.cancel()
+
+    exchange = exchange_for("POST", content_length=5)
+    outcome = begun_before_its_body(lambda *_: called.append(1), exchange, wire, feed)
+
+    assert isinstance(outcome, ClientDisconnected if way == "leaves" else asyncio.CancelledError)
+    assert called == []
 
 
 def test_answer_of_a_thread_does_not_wait_for_the_close_of_its_iterable(exchange_for, wire):
@@ -939,7 +1065,7 @@ def test_answer_of_a_thread_does_not_wait_for_the_close_of_its_iterable(exchange
 
     class Slow(Pieces):
         def close(self):
-            assert answered.wait(PATIENCE)
+            assert answered.wait(DEADLINE)
             super().close()
 
     pieces = Slow([b"hello"])
@@ -961,7 +1087,7 @@ def test_threads_take_requests_that_wait_behind_one_that_blocks(exchange_for, wi
 
     def app(environ, start_response):
         if environ["PATH_INFO"] == "/blocks":
-            assert released.wait(PATIENCE)
+            assert released.wait(DEADLINE)
         elif environ["PATH_INFO"] == "/releases":
             released.set()
         return answering(b"x")(environ, start_response)
@@ -999,7 +1125,7 @@ def test_leaving_worker_knows_what_its_threads_do_as_tasks(exchange_for, wire):
     release = threading.Event()
 
     def app(environ, start_response):
-        assert release.wait(PATIENCE)
+        assert release.wait(DEADLINE)
         return answering(b"x")(environ, start_response)
 
     def leave(threads):
@@ -1018,7 +1144,7 @@ def test_call_that_is_cut_off_before_a_thread_has_begun_it_is_withdrawn(exchange
 
     def app(environ, start_response):
         called.append(environ["PATH_INFO"])
-        assert release.wait(PATIENCE)
+        assert release.wait(DEADLINE)
         return answering(b"x")(environ, start_response)
 
     exchanges = [exchange_for("GET", target) for target in ("/1", "/2", "/3")]
@@ -1033,7 +1159,7 @@ def test_call_that_is_cut_off_before_a_thread_has_begun_it_is_withdrawn(exchange
         wire.task_of[exchanges[2]].cancel()
         await asyncio.wait([wire.task_of[exchanges[2]]])
         release.set()
-        await threads.wait(PATIENCE)
+        await threads.wait(DEADLINE)
         await asyncio.wait(wire.tasks)
         threads.close()
 
@@ -1090,7 +1216,7 @@ def test_application_may_read_while_its_output_waits(exchange_for, wire, pool):
 
 def test_inline_client_that_leaves_closes_the_iterable(exchange_for, wire):
     """Inline it is the loop itself that must give up."""
-    iterable = Endless()
+    iterable = Pieces([PIECE] * 1000)  # an end, lest a test that fails should never end
 
     async def scenario():
         wire.writable = False
@@ -1118,11 +1244,100 @@ def test_inline_requests_run_one_at_a_time(exchange_for, wire):
 
     async def scenario():
         gateway = WsgiGateway(app, run_in_thread=None)
-        await asyncio.gather(gateway(exchange_for()), gateway(exchange_for()))
+        wire.is_writable, wire.drain = (lambda: False), lambda: asyncio.sleep(0)  # each piece takes a turn of the loop
+        late = exchange_for("POST", content_length=1)
+        begun = [gateway.begin(exchange) for exchange in (exchange_for(), exchange_for(), late)]
+        late.feed(b"x")
+        late.feed_end()
+        await asyncio.gather(*begun, gateway(exchange_for()))
 
     go(scenario())
 
-    assert order == ["begin", "end", "begin", "end"]
+    assert order == ["begin", "end"] * 4
+
+
+class Stepwise(Pieces):
+    """Remembers what was with the wire when each piece was asked for, and at the end."""
+
+    def __init__(self, pieces, wire):
+        super().__init__(self.steps(pieces, wire))
+        self.sent = []
+
+    def steps(self, pieces, wire):
+        for piece in pieces:
+            self.sent.append(wire.body)
+            yield piece
+        self.sent.append(wire.body)
+
+
+def test_inline_piece_is_sent_before_the_next_is_asked_for(exchange_for, wire):
+    """The PEP, "Buffering and Streaming": the kernel has it, so that it leaves while the application works on."""
+    iterable = Stepwise([b"a", b"b", b"c"], wire)
+
+    go(WsgiGateway(endless_app(iterable), run_in_thread=None)(exchange_for()))
+
+    assert iterable.sent == [b"", b"a", b"ab", b"abc"]
+    assert wire.calls[:2] == [("at once",), ("head", 200, [], b"a", True)]
+
+
+def test_inline_write_sends_before_it_returns(exchange_for, wire):
+    """The PEP asks the same of `write`; threads need it not, because the loop sends meanwhile."""
+
+    def app(environ, start_response):
+        write = start_response("200 OK", [])
+        write(b"a")
+        assert wire.body == b"a"
+        write(b"b")
+        return [b"c"]
+
+    go(WsgiGateway(app, run_in_thread=None)(exchange_for()))
+
+    assert wire.calls == [
+        ("at once",),
+        ("head", 200, [], b"a", True),
+        ("body", b"b", True),
+        ("body", b"c", False),
+    ]
+
+
+def test_inline_whole_answer_may_wait_for_the_end_of_the_turn(exchange_for, wire):
+    """It leaves with the others of this turn, and nothing of the application comes after it."""
+    go(WsgiGateway(endless_app(Pieces([b"a"])), run_in_thread=None)(exchange_for()))
+    streamed = wire.count("at once")
+    go(WsgiGateway(answering(b"a"), run_in_thread=None)(exchange_for()))
+
+    assert (streamed, wire.count("at once")) == (1, 1)
+
+
+def test_inline_stream_gives_the_loop_a_turn_only_when_the_wire_says_so(exchange_for, wire):
+    """A turn for each piece would cost more than the piece."""
+    iterable = Stepwise([b"x"] * 100, wire)
+
+    async def scenario():
+        rest = WsgiGateway(endless_app(iterable), run_in_thread=None).begin(exchange_for())
+        with pytest.raises(StopIteration):
+            rest.send(None)
+
+    go(scenario())
+
+    assert (len(iterable.sent), wire.complete, wire.count("drain")) == (101, True, 0)
+
+
+def test_inline_stream_asks_for_nothing_while_its_client_is_behind(exchange_for, wire):
+    """Or an endless iterable would fill the memory."""
+    iterable = Stepwise([b"a", b"b", b"c"], wire)
+
+    async def scenario():
+        wire.writable = False
+        task = asyncio.create_task(WsgiGateway(endless_app(iterable), run_in_thread=None)(exchange_for()))
+        await wire.is_draining.wait()
+        assert iterable.sent == [b""]
+        wire.take()
+        await task
+
+    go(scenario())
+
+    assert (iterable.sent, wire.complete) == ([b"", b"a", b"ab", b"abc"], True)
 
 
 # ---- memory ----
@@ -1219,7 +1434,7 @@ def test_many_small_pieces_are_few_writes(exchange_for, wire, pool):
         def app(environ, start_response):
             start_response("200 OK", [])
             yield b"first,"
-            go_on.wait(PATIENCE)
+            go_on.wait(DEADLINE)
             yield from pieces
 
         wire.writable = False
