@@ -8,11 +8,15 @@ left gets a task for each: an exchange that waits never shares.
 
 What an exchange could leave behind in the task, context variables or a cancellation,
 ends the sharing too: no request feels another.
+
+A gateway whose `begin` is no coroutine function calls its application outside of any
+task: in the loop's thread that may be one that runs a loop of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING
 
@@ -27,20 +31,24 @@ class Batch:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._shares = inspect.iscoroutinefunction(service.gateway.begin)
         self._exchanges: list[Exchange] = []  # of this turn
         self._begun = 0  # of them
+        self._is_due = False  # the loop has been told
         self._task: asyncio.Task[None] | None = None
 
     def add(self, exchange: Exchange) -> None:
         """Begin *exchange* after this turn of the loop has read all that is there.
 
-        Called by an exchange that is being begun, it is for the same turn.
+        Called while another one is being begun, it is for the same turn.
         """
         self._exchanges.append(exchange)
-        if self._task is None:
+        if not self._is_due:
+            self._is_due = True
             service = self._service
-            # Not eagerly: nothing is to begin before all is read.
-            self._task = asyncio.Task(self._run(), loop=service.loop, context=service.context.copy())
+            if self._shares:
+                # Not eagerly: nothing is to begin before all is read.
+                self._task = asyncio.Task(self._run(), loop=service.loop, context=service.context.copy())
             service.loop.call_soon(self._end_turn, context=service.context)
 
     async def _run(self) -> None:
@@ -53,8 +61,7 @@ class Batch:
             self._begun += 1
             try:
                 coroutine = begin(exchange)
-                if coroutine is None:  # it goes on elsewhere, or has ended
-                    continue
+                assert coroutine is not None
                 await coroutine
             except BaseException as error:  # noqa: BLE001 - the door for applications
                 exchange.wire.conclude(exchange, error)
@@ -66,14 +73,15 @@ class Batch:
 
     def _end_turn(self) -> None:
         """The task has run. What it has not begun gets tasks of its own."""
-        task, left = self._task, self._exchanges[self._begun :]
-        self._exchanges.clear()  # a task that waits may wait for long, and is not to hold the others
-        self._task, self._exchanges, self._begun = None, [], 0
-        assert task is not None
-        if not task.done():
+        exchanges, task = self._exchanges, self._task
+        if task is not None and not task.done():
             self._service.keep(task)
-        for exchange in left:
+        while self._begun < len(exchanges):
+            exchange = exchanges[self._begun]
+            self._begun += 1
             self._begin_alone(exchange)
+        exchanges.clear()  # a task that waits may wait for long, and is neither to hold the others nor to go on with them
+        self._task, self._exchanges, self._begun, self._is_due = None, [], 0, False
 
     def _begin_alone(self, exchange: Exchange) -> None:
         try:
@@ -81,7 +89,7 @@ class Batch:
         except BaseException as error:  # noqa: BLE001 - the door for applications
             exchange.wire.conclude(exchange, error)
         else:
-            if coroutine is not None:
+            if coroutine is not None:  # it goes on elsewhere, or has ended
                 exchange.go_on(coroutine)
 
 

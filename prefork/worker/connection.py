@@ -509,9 +509,6 @@ class HTTPConnection(asyncio.Protocol):
     def _complete(self) -> None:
         """The whole response is with the transport."""
         self._leave_exchange()
-        if self._is_at_once:
-            self._is_at_once = False
-            self._transport.set_write_buffer_limits()
         if self._http.request_complete:
             self._next_cycle()
         elif self._has_eof or not self._http.keep_alive or self._http.wants_continue:
@@ -527,6 +524,9 @@ class HTTPConnection(asyncio.Protocol):
         assert exchange is not None
         self._exchange = None
         self._is_body_paused = False
+        if self._is_at_once:
+            self._is_at_once = False
+            self._transport.set_write_buffer_limits()
         service = self._service
         service.slot.whole[REQUESTS] += 1
         if service.access_log is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import closing
+from types import SimpleNamespace
 
-from prefork.gateway.make import Gateway
+from prefork.gateway.exchange import Exchange
 from prefork.net.tls import TLS
 from prefork.protocol.limits import Limits
 from prefork.scoreboard import Scoreboard
@@ -22,14 +23,18 @@ Address = tuple[str, int]
 
 
 def run_beside_worker(
-    test: Callable[[Service, Address], Awaitable[None]], gateway: Gateway, *, loop: str, tls: TLS | None = None
+    test: Callable[[Service, Address], Awaitable[None]],
+    begin: Callable[[Exchange], Coroutine[object, object, None]],
+    *,
+    loop: str,
+    tls: TLS | None = None,
 ) -> None:
-    """Run *test* with the service of a worker that calls *gateway*, and where it listens; then drain it."""
+    """Run *test* with the service of a worker whose gateway is *begin*, and where it listens; then drain it."""
 
     async def run() -> None:
         service = Service(
             loop=asyncio.get_running_loop(),
-            gateway=gateway,
+            gateway=SimpleNamespace(begin=begin),
             limits=Limits(),
             timeouts=Timeouts(head=5, body=5, keep_alive=5, write=5),
             slot=board[0],

@@ -50,12 +50,19 @@ class Service:
         self.tasks: set[asyncio.Task[None]] = set()
         self.batch = Batch(self)
 
-    def begin(self, exchange):
-        return exchange.run(exchange)
+    async def begin(self, exchange):
+        await exchange.run(exchange)
 
     def keep(self, task):
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+
+
+class PlainService(Service):
+    """Its gateway needs no task to begin."""
+
+    def begin(self, exchange):
+        return exchange.run(exchange)
 
 
 async def end(exchange):
@@ -69,10 +76,10 @@ async def turns():
         await asyncio.sleep(0)
 
 
-def run(test):
+def run(test, service=Service):
     async def bounded():
         async with asyncio.timeout(DEADLINE):
-            await test(Service())
+            await test(service())
 
     asyncio.run(bounded())
 
@@ -221,6 +228,53 @@ def test_exchange_that_returns_without_a_response_is_concluded():
     run(test)
 
 
+def end_plainly(exchange):
+    exchange.task = asyncio.current_task()
+    exchange.responded = True
+
+
+def test_plain_gateway_begins_outside_of_any_task_after_all_was_read():
+    async def test(service):
+        exchanges = [Exchange(service, end_plainly) for _ in range(3)]
+        for exchange in exchanges:
+            service.batch.add(exchange)
+        assert not any(exchange.responded for exchange in exchanges)
+        await turns()
+        assert [exchange.responded for exchange in exchanges] == [True] * 3
+        assert [exchange.task for exchange in exchanges] == [None] * 3
+
+    run(test, PlainService)
+
+
+def test_what_a_plain_gateway_leaves_to_do_has_a_task_of_its_own():
+    async def test(service):
+        exchanges = [Exchange(service, kind) for kind in (end, end_plainly, end)]
+        for exchange in exchanges:
+            service.batch.add(exchange)
+        await turns()
+        assert all(exchange.responded for exchange in exchanges)
+        assert exchanges[0].task is not exchanges[2].task
+        assert not service.tasks
+
+    run(test, PlainService)
+
+
+def test_what_a_plain_gateway_raises_is_that_exchanges_own():
+    error = RuntimeError("mine")
+
+    async def test(service):
+        def fail(exchange):
+            raise error
+
+        exchanges = [Exchange(service, kind) for kind in (fail, end_plainly)]
+        for exchange in exchanges:
+            service.batch.add(exchange)
+        await turns()
+        assert [exchange.wire.concluded for exchange in exchanges] == [[error], []]
+
+    run(test, PlainService)
+
+
 def test_exchange_that_a_thread_or_a_callback_goes_on_with_is_not_concluded():
     async def test(service):
         exchange = Exchange(service, lambda _: None)
@@ -228,25 +282,36 @@ def test_exchange_that_a_thread_or_a_callback_goes_on_with_is_not_concluded():
         await turns()
         assert exchange.wire.concluded == []
 
-    run(test)
+    run(test, PlainService)
 
 
-def test_next_request_of_a_connection_joins_the_turn():
+@pytest.mark.parametrize("service", [Service, PlainService])
+def test_next_request_of_a_connection_joins_the_turn(service):
     """Pipelined requests: what was begun by the end of another exchange is answered with the same write."""
 
     async def test(service):
-        second = Exchange(service, end)
+        second = Exchange(service, end_plainly if isinstance(service, PlainService) else end)
+        together = []
+
+        def add():
+            service.batch.add(second)
+            asyncio.get_running_loop().call_soon(lambda: together.append(second.responded))
 
         async def end_and_add(exchange):
             await end(exchange)
-            service.batch.add(second)
+            add()
 
-        first = Exchange(service, end_and_add)
+        def end_plainly_and_add(exchange):
+            end_plainly(exchange)
+            add()
+
+        first = Exchange(service, end_plainly_and_add if isinstance(service, PlainService) else end_and_add)
         service.batch.add(first)
         await turns()
-        assert second.task is first.task is not None
+        assert together == [True]
+        assert second.task is first.task
 
-    run(test)
+    run(test, service)
 
 
 def test_exchange_that_waits_long_holds_none_of_the_others():

@@ -16,12 +16,6 @@ def server(request):
         yield server
 
 
-@pytest.fixture
-def client(server):
-    with Client(server.port) as client:
-        yield client
-
-
 def test_requests_follow_one_another(client):
     for _ in range(3):
         assert client.get("/").text == "hello"
