@@ -30,7 +30,6 @@ from prefork.protocol.fast import NO_BODY, ChooseCycle, choose_cycle
 from prefork.protocol.full import BodyReader
 from prefork.protocol.head import HeadRefused, Refused, head_parser, too_large
 from prefork.protocol.limits import Limits
-from prefork.protocol.memory import LONGEST_KEY
 from prefork.protocol.response import (
     BODILESS,
     CHUNKED,
@@ -143,7 +142,7 @@ class Connection:
 
     def receive_request(self, data: bytes) -> tuple[Request, bytes] | None:
         """`receive_data`, then `next_request`; at once where *data* is a head seen before and all that is here."""
-        if self._is_ready and len(data) <= LONGEST_KEY:  # it would take long to hash a body
+        if self._is_ready and data.endswith(b"\r\n\r\n"):  # anything else would be hashed in vain
             request = self._recall(data)
             if request is not None and not request.has_body:
                 self._request = request
