@@ -136,6 +136,7 @@ class Request:
     _content: bytes | None = None
     _is_streamed = False
     _file: IO[bytes] | None = None
+    _is_over = False  # a plain handler has returned
 
     def __init__(self, exchange: Exchange, worker: Any = None) -> None:
         self._exchange = exchange
@@ -230,13 +231,16 @@ class Request:
     @property
     def file(self) -> IO[bytes]:
         """The body as a binary file, for what is too large for `content`. Plain handlers only."""
+        if self._file is None and self._is_over:
+            raise GatewayError("the handler has returned, and the body's file went with it: read the body before")
         if self._file is None:
             raise GatewayError("an async handler reads the body with 'await request.body()' or 'request.stream()'")
         return self._file
 
     def lend_file(self, file: IO[bytes] | None) -> None:
-        """The gateway's: *file* blocks, so it is there while a plain handler runs, and None otherwise."""
+        """The gateway's: *file* blocks, so it is there while a plain handler runs, and None after that."""
         self._file = file
+        self._is_over = file is None
 
     def __repr__(self) -> str:
         return f"<Request {self.method} {self.path}>"

@@ -44,3 +44,13 @@ class Acceptor:
         accepted.peer = peer
         accepted.local = self._local
         return accepted
+
+
+def peer_of(connection: socket.socket) -> Any:
+    """The address of whom *connection* was accepted from; None if that cannot be told any more."""
+    if isinstance(connection, Accepted):
+        return connection.peer
+    try:
+        return connection.getpeername()
+    except OSError:
+        return None

@@ -115,7 +115,9 @@ def _address(text: str, family: type[ipaddress.IPv4Address | ipaddress.IPv6Addre
     try:
         return plain_address(family(text))
     except ValueError:
-        raise ProxyRefused(f"the PROXY line's {text!r} is not an IPv{family.version} address") from None
+        raise ProxyRefused(
+            f"the PROXY line's {text!r} is not an {family.__name__.removesuffix('Address')} address"
+        ) from None
 
 
 def _port(text: str) -> int:

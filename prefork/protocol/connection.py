@@ -46,6 +46,8 @@ from prefork.protocol.response import (
 # Bytes of body above which it is not copied to stand behind its head: two writes cost less.
 JOINED = 16 * 1024
 
+TLS_HANDSHAKE = 0x16  # the content type of a client's first record (RFC 8446, section 5.1)
+
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
@@ -454,7 +456,8 @@ class Connection:
         if first in (b"", b"\r"):
             return False
         if not 0x21 <= first[0] <= 0x7E:
-            raise HeadRefused(400, f"byte 0x{first[0]:02x} cannot begin a request (TLS begins with 0x16)")
+            hint = ", it begins a TLS handshake" if first[0] == TLS_HANDSHAKE else ""
+            raise HeadRefused(400, f"byte 0x{first[0]:02x} cannot begin a request{hint}")
         return True
 
     def _read_body(self) -> Event:

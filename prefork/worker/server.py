@@ -16,19 +16,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
 
 from prefork.errors import reason_of
-from prefork.net.accepted import Acceptor
+from prefork.net.accepted import Acceptor, peer_of
 from prefork.net.forwarded import Trusted
 from prefork.net.proxy import ProxyHeader
 from prefork.net.tls import TLS
 from prefork.worker.connection import HTTPConnection
 from prefork.worker.deadlines import NEVER, Sweep
 from prefork.worker.greeting import Greeter
-from prefork.worker.service import Service
+from prefork.worker.service import Service, endpoint
 
 log = logging.getLogger("prefork")
 
@@ -194,6 +195,9 @@ class Server:
                 ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT,
             )
         except OSError as error:
+            if isinstance(error, ssl.SSLError):  # and not the client's leaving
+                client = origin.client if origin is not None else endpoint(peer_of(connection))
+                log.info("refused a TLS connection of %s: %s", client[0] if client else "an unknown client", error)
             self._lose(connection, error)
 
     def _lose(self, connection: socket.socket, error: OSError) -> None:

@@ -581,3 +581,15 @@ def test_responses_share_no_headers():
 
     assert list(second.fields) == [(b"x", b"y"), (b"content-type", b"text/plain; charset=utf-8")]
     assert list(Response("a", headers={"x": "y"}).fields) == list(second.fields)
+
+
+def test_body_that_is_read_after_the_handler_has_returned_says_so(run, exchange_for):
+    """With threads and without."""
+
+    def handler(request):
+        return Response(request.file.read(1) for _ in range(1))
+
+    with pytest.raises(GatewayError, match="the handler has returned"):
+        run(handler, exchange_for("POST", body=b"abc"))
+    with pytest.raises(GatewayError, match="the handler has returned"):
+        go(HandlerGateway(handler, run_in_thread=None)(exchange_for("POST", body=b"abc")))

@@ -124,6 +124,7 @@ def test_client_certificates(made, loop, client_cert):
         with pytest.raises((ssl.SSLError, ConnectionResetError, EOFError)):
             with connect(server.port, client=context(made["wild"])) as unknown:
                 unknown.get()
+        server.wait_for(r"info  refused a TLS connection of 127\.0\.0\.1: .*(?i:certificate)")
 
 
 @pytest.mark.parametrize("loop", LOOPS)
