@@ -69,9 +69,9 @@ class HandlerGateway:
         if self._run_in_thread is None:
             async with spooled_body(exchange) as file:
                 request.lend_file(file)
-                result = outside_the_loop(lambda: self._handler(request))
+                result = await _resolved(outside_the_loop(lambda: self._handler(request)))
                 request.lend_file(None)
-                return await _resolved(result)
+                return result
         bridge = Bridge(exchange)
         request.lend_file(open_body(bridge, exchange))
         result = await bridge.run(lambda: self._handler(request), self._run_in_thread)
