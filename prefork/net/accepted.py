@@ -12,6 +12,9 @@ from typing import Any
 
 WILDCARDS = ("0.0.0.0", "::")
 
+# Stands for a client whose address cannot be told any more. Not for one on a unix socket, whom many trust.
+NOBODY = ("0.0.0.0", 0)
+
 
 class Accepted(socket.socket):
     """A connection that was accepted, not blocking. *peer* and *local* are its two addresses, as the kernel names them."""
@@ -22,8 +25,21 @@ class Accepted(socket.socket):
     family = socket.SocketType.family  # type: ignore[assignment]
     type = socket.SocketType.type  # type: ignore[assignment]
 
-    peer: Any
-    local: Any  # None: to be asked for
+    peer: Any  # of a client that left meanwhile, if nobody knew it before: NOBODY, or nothing on a unix socket
+    local: Any | None  # None: to be asked for
+
+    @classmethod
+    def adopt(cls, connection: socket.socket) -> Accepted:
+        """Take over *connection*, which another process has accepted."""
+        family = int(connection.family)
+        accepted = cls(family, int(connection.type), connection.proto, connection.detach())
+        accepted.setblocking(False)
+        accepted.local = None
+        try:
+            accepted.peer = accepted.getpeername()
+        except OSError:
+            accepted.peer = "" if family == socket.AF_UNIX else NOBODY
+        return accepted
 
 
 class Acceptor:
@@ -44,13 +60,3 @@ class Acceptor:
         accepted.peer = peer
         accepted.local = self._local
         return accepted
-
-
-def peer_of(connection: socket.socket) -> Any:
-    """The address of whom *connection* was accepted from; None if that cannot be told any more."""
-    if isinstance(connection, Accepted):
-        return connection.peer
-    try:
-        return connection.getpeername()
-    except OSError:
-        return None

@@ -6,8 +6,9 @@ together, after all of them were read, in a task that they share as long as each
 without a wait. The first one that waits keeps the task for itself, and whatever is
 left gets a task for each: an exchange that waits never shares.
 
-What an exchange could leave behind in the task, context variables or a cancellation,
-ends the sharing too: no request feels another.
+What an exchange leaves behind in the task ends the sharing too, be it a context
+variable, a reference that may cancel it later, a name or a callback: no request feels
+another.
 
 A gateway whose `begin` is no coroutine function calls its application outside of any
 task: in the loop's thread that may be one that runs a loop of its own.
@@ -18,7 +19,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 from contextvars import Context, copy_context
-from typing import TYPE_CHECKING
+from sys import getrefcount
+from typing import TYPE_CHECKING, Any
+from weakref import getweakrefcount
 
 from prefork.gateway.exchange import Exchange
 
@@ -35,7 +38,7 @@ class Batch:
         self._exchanges: list[Exchange] = []  # of this turn
         self._begun = 0  # of them
         self._is_due = False  # the loop has been told
-        self._task: asyncio.Task[None] | None = None
+        self._task: SharedTask | None = None
 
     def add(self, exchange: Exchange) -> None:
         """Begin *exchange* after this turn of the loop has read all that is there.
@@ -48,14 +51,21 @@ class Batch:
             service = self._service
             if self._shares:
                 # Not eagerly: nothing is to begin before all is read.
-                self._task = asyncio.Task(self._run(), loop=service.loop, context=service.context.copy())
+                self._task = SharedTask(self._run(), loop=service.loop, context=service.context.copy())
             service.loop.call_soon(self._end_turn, context=service.context)
+
+    def begin_now(self, exchange: Exchange) -> None:
+        """Begin *exchange*, which may be waiting for the turn's end, before this returns."""
+        if exchange in self._exchanges[self._begun :]:
+            self._exchanges.remove(exchange)
+            self._begin_alone(exchange)
 
     async def _run(self) -> None:
         """Begin one exchange after the other, as far as they share."""
         exchanges, begin, base = self._exchanges, self._service.gateway.begin, self._service.context
-        task = asyncio.current_task(self._service.loop)
+        task = self._task
         assert task is not None
+        references, watchers = getrefcount(task), getweakrefcount(task)
         while self._begun < len(exchanges):
             exchange = exchanges[self._begun]
             self._begun += 1
@@ -68,7 +78,12 @@ class Batch:
             else:
                 if not exchange.responded:
                     exchange.wire.conclude(exchange, None)
-            if task.cancelling() or not is_equal(copy_context(), base):
+            if (
+                task.is_changed
+                or getrefcount(task) != references
+                or getweakrefcount(task) != watchers
+                or not is_equal(copy_context(), base)
+            ):
                 return
 
     def _end_turn(self) -> None:
@@ -91,6 +106,28 @@ class Batch:
         else:
             if coroutine is not None:  # it goes on elsewhere, or has ended
                 exchange.go_on(coroutine)
+
+
+class SharedTask(asyncio.Task[None]):
+    """A task that tells whether anybody has set something of it."""
+
+    is_changed = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__("is_changed", True)
+        super().__setattr__(name, value)
+
+    def cancel(self, msg: Any = None) -> bool:
+        self.is_changed = True
+        return super().cancel(msg)
+
+    def add_done_callback(self, *args: Any, **kwargs: Any) -> None:
+        self.is_changed = True
+        super().add_done_callback(*args, **kwargs)
+
+    def set_name(self, value: object, /) -> None:
+        self.is_changed = True
+        super().set_name(value)
 
 
 def is_equal(context: Context, base: Context) -> bool:

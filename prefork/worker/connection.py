@@ -1,7 +1,7 @@
 """One HTTP/1.1 connection of a worker: between a transport, `protocol.Connection` and a gateway.
 
 Bytes go down into the protocol, its events come up; requests become exchanges,
-each run by the gateway in a task of its own. Memory per connection is bounded in
+which the batch has run by the gateway. Memory per connection is bounded in
 both directions: while a response is unfinished, or not taken, the next pipelined
 request stays in the buffer; an application that reads slowly stops the socket, and a
 client that reads slowly stops the application.
@@ -60,8 +60,6 @@ PIECE = 256
 # Pipelined requests that one connection has answered in one turn of the loop, for the same reason.
 REQUESTS_A_TURN = 16
 
-SLASH = ord("/")
-
 
 class HTTPConnection(asyncio.Protocol):
     """Made by the server for each accepted connection; lives as long as its transport."""
@@ -103,9 +101,7 @@ class HTTPConnection(asyncio.Protocol):
         "deadline",
     )
 
-    def __init__(
-        self, service: Service, accepted: socket.socket | None = None, origin: ProxyHeader | None = None
-    ) -> None:
+    def __init__(self, service: Service, accepted: Accepted, origin: ProxyHeader | None = None) -> None:
         """*accepted* is the transport's socket; *origin*: what a proxy said of the connection before its first byte."""
         self.deadline = NEVER  # on the loop's clock; see `Sweep`
         self._awaited = Awaited.APPLICATION
@@ -113,17 +109,14 @@ class HTTPConnection(asyncio.Protocol):
         self._http = Connection(service.limits, server=service.server_header)
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)  # until connection_made
         self._origin = origin
-        self._client: tuple[str, int] | None = None
-        self._server: tuple[str, int | None] | None = None
         self._accepted = accepted
-        if isinstance(accepted, Accepted):
-            self._client, self._server = endpoint(accepted.peer), local_endpoint(accepted.local)
+        self._client, self._server = endpoint(accepted.peer), local_endpoint(accepted.local)
         self._scheme = "http"
         self._tls: dict[str, Any] | None = None  # made for the first request
         self._exchange: Exchange | None = None  # the one whose response is unfinished
         self._started_at = 0.0  # when its head was complete
         self._sent = 0  # bytes of its response's body
-        self._answered = 0  # pipelined requests in this turn of the loop
+        self._answered = 0  # pipelined requests since the loop has called
         self._discarded = 0  # bytes of body that nobody wanted
         self._is_advancing = False
         self._is_reading = True
@@ -149,7 +142,7 @@ class HTTPConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         get = transport.get_extra_info
         if self._server is None:
-            self._client, self._server = endpoint(get("peername")), local_endpoint(get("sockname"))
+            self._server = local_endpoint(get("sockname"))
         if get("sslcontext") is not None:
             self._scheme = "https"
         origin = self._origin
@@ -196,6 +189,8 @@ class HTTPConnection(asyncio.Protocol):
         self._has_eof = True
         if self._is_lingering:
             return False
+        if self._exchange is not None and self._scheme == "https":
+            self._service.batch.begin_now(self._exchange)  # the transport closes after this
         self._http.receive_data(b"")
         self._advance()
         # TLS transports close by themselves; for the others True keeps the writing side open.
@@ -231,8 +226,8 @@ class HTTPConnection(asyncio.Protocol):
         finally:
             self._is_advancing = False
         if self._has_eof and self._exchange is not None:
-            # Most likely the client is gone altogether; the application is told, and may finish all the same.
-            self._exchange.disconnect()
+            # Most likely the client is gone altogether; the application is told when it has begun, and may finish all the same.
+            self._service.loop.call_soon(self._exchange.disconnect, context=self._service.context)
         self._regulate_reading()
         self._rearm()
 
@@ -377,7 +372,7 @@ class HTTPConnection(asyncio.Protocol):
         if service.is_draining or (not more and self._http.unread > DISCARD_LIMIT):
             self._http.close_after()
         data, rest = self._http.send_head(status, headers, body, more, date=service.date)
-        if not (more or self._http.keep_alive):
+        if not (more or self._http.keep_alive) and self._scheme == "http":
             self._transport.set_write_buffer_limits(high=0)  # so that `_close` finds it written
         self._transport.write(data)
         if rest:
@@ -425,6 +420,8 @@ class HTTPConnection(asyncio.Protocol):
             if not self._turn:
                 self._service.loop.call_soon(self._end_turn)
             self._turn += len(data) + PIECE
+            if self._is_at_once and self._scheme == "https":
+                self._turn = STREAM_A_TURN  # the piece leaves with the end of this one
             if len(data) < GATHERED and not self._is_at_once:
                 self._gathered.append(data)
                 self._gathered_size += len(data)
@@ -440,8 +437,10 @@ class HTTPConnection(asyncio.Protocol):
     def send_at_once(self) -> None:
         self._flush()
         self._is_at_once = True
-        # Above a mark of nought a transport does not wait for the end of the loop's turn.
-        self._transport.set_write_buffer_limits(high=0)
+        if self._scheme == "http":
+            # Above a mark of nought a transport does not wait for the end of the loop's turn. Not with TLS, whose
+            # transports are never below it.
+            self._transport.set_write_buffer_limits(high=0)
 
     def _end_turn(self) -> None:
         self._turn = 0
@@ -485,6 +484,7 @@ class HTTPConnection(asyncio.Protocol):
         Raises ClientDisconnected.
         """
         self._check_present()
+        self._sent = 0
         self._leave_exchange(101)
         unread = self._http.take_buffer()
         self._is_lost = True  # to us
@@ -526,7 +526,8 @@ class HTTPConnection(asyncio.Protocol):
         self._is_body_paused = False
         if self._is_at_once:
             self._is_at_once = False
-            self._transport.set_write_buffer_limits()
+            if self._scheme == "http":
+                self._transport.set_write_buffer_limits()
         service = self._service
         service.slot.whole[REQUESTS] += 1
         if service.access_log is not None:
@@ -537,7 +538,7 @@ class HTTPConnection(asyncio.Protocol):
                 request.target,
                 request.version,
                 status or exchange.status,
-                self._sent,
+                self._sent if request.method != "HEAD" else 0,
                 seconds,
                 service.worker_id,
             )
@@ -558,7 +559,7 @@ class HTTPConnection(asyncio.Protocol):
             self._await_next()
             return
         self._answered += 1
-        if self._answered == REQUESTS_A_TURN and self._http.buffered:
+        if self._answered >= REQUESTS_A_TURN and self._http.buffered:
             self._rest()
         elif self._drained is None and (whole := self._http.next_request()) is not None:
             self._begin(*whole)
@@ -574,7 +575,7 @@ class HTTPConnection(asyncio.Protocol):
         if self._http.buffered:
             self._linger()
             return
-        if self._accepted is not None and self._scheme == "http" and not self._transport.get_write_buffer_size():
+        if self._scheme == "http" and not self._transport.get_write_buffer_size():
             # The transport closes in a turn of the loop or two. A client that is quicker has to keep the
             # connection's port for a minute (TIME_WAIT, RFC 9293 section 3.6.1), and has few of them.
             with suppress(OSError):

@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable
 
 from prefork.errors import ProxyRefused, reason_of
+from prefork.net.accepted import Accepted
 from prefork.net.forwarded import Trusted
 from prefork.net.proxy import MAX_HEADER, ProxyHeader, read_proxy_header
 from prefork.worker.deadlines import LINGER, Sweep
@@ -38,7 +39,7 @@ class Greeter:
     def __init__(
         self,
         service: Service,
-        welcome: Callable[[socket.socket, ProxyHeader | None], None],
+        welcome: Callable[[Accepted, ProxyHeader | None], None],
         *,
         expects_tls: bool,
         proxies: Trusted | None = None,
@@ -51,7 +52,7 @@ class Greeter:
         self.greetings: set[Greeting] = set()
         self._sweep = Sweep(service.loop, self.greetings, lambda: None)
 
-    def greet(self, connection: socket.socket) -> None:
+    def greet(self, connection: Accepted) -> None:
         """Ours from now on; it does not block."""
         if self.proxies is not None and not self._is_trusted(connection):
             self.discard(connection)
@@ -60,12 +61,9 @@ class Greeter:
         self.greetings.add(greeting)
         greeting.proceed()
 
-    def _is_trusted(self, connection: socket.socket) -> bool:
+    def _is_trusted(self, connection: Accepted) -> bool:
         assert self.proxies is not None
-        try:
-            peer = endpoint(connection.getpeername())
-        except OSError:  # it is gone already
-            return False
+        peer = endpoint(connection.peer)
         if (peer and peer[0]) in self.proxies:
             return True
         log.warning(
@@ -74,7 +72,7 @@ class Greeter:
         )
         return False
 
-    def discard(self, connection: socket.socket) -> None:
+    def discard(self, connection: Accepted) -> None:
         """Close one that was never served."""
         connection.close()
         self.service.slot.opened += 1
@@ -98,7 +96,7 @@ class Greeting:
 
     __slots__ = ("_connection", "_greeter", "_header", "_is_watched", "_origin", "_step", "deadline")
 
-    def __init__(self, greeter: Greeter, connection: socket.socket) -> None:
+    def __init__(self, greeter: Greeter, connection: Accepted) -> None:
         self.deadline = greeter.service.loop.time() + greeter.service.timeouts.head
         self._greeter = greeter
         self._connection = connection
@@ -165,10 +163,7 @@ class Greeting:
     def _client(self) -> tuple[str, int] | None:
         if self._origin is not None and not self._origin.is_local:
             return self._origin.client
-        try:
-            return endpoint(self._connection.getpeername())
-        except OSError:  # it is gone
-            return None
+        return endpoint(self._connection.peer)
 
     def _peek(self, most: int) -> bytes:
         seen = self._connection.recv(most, socket.MSG_PEEK)

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 from prefork.errors import reason_of
-from prefork.net.accepted import Acceptor, peer_of
+from prefork.net.accepted import Accepted, Acceptor
 from prefork.net.forwarded import Trusted
 from prefork.net.proxy import ProxyHeader
 from prefork.net.tls import TLS
@@ -73,7 +73,7 @@ class Server:
         self._begin = self._start if tls is None else self._start_tls
         # What becomes of an accepted connection.
         self._greeter: Greeter | None = None
-        self._receive: Callable[[socket.socket], None] = self._begin
+        self._receive: Callable[[Accepted], None] = self._begin
         if tls is not None or proxies is not None:
             self._greeter = Greeter(service, self._begin, expects_tls=tls is not None, proxies=proxies)
             self._receive = self._greeter.greet
@@ -91,9 +91,9 @@ class Server:
         """Serve *connection*. False, and it stays the caller's, while draining."""
         if self._service.is_draining:
             return False
-        connection.setblocking(False)
-        _send_at_once(connection)
-        self._receive(connection)
+        accepted = Accepted.adopt(connection)
+        _send_at_once(accepted)
+        self._receive(accepted)
         return True
 
     def stop_accepting(self) -> None:
@@ -150,7 +150,7 @@ class Server:
 
     # ---- from a socket to a transport ----
 
-    def _start(self, connection: socket.socket, origin: ProxyHeader | None = None) -> None:
+    def _start(self, connection: Accepted, origin: ProxyHeader | None = None) -> None:
         """Give *connection* its transport.
 
         The loop's coroutine waits once, for the transport to be ready; a task is not needed to
@@ -166,7 +166,7 @@ class Server:
         ready.add_done_callback(partial(self._finish_start, start, connection))
 
     def _finish_start(
-        self, start: Coroutine[Any, Any, Any], connection: socket.socket, _ready: asyncio.Future[None]
+        self, start: Coroutine[Any, Any, Any], connection: Accepted, _ready: asyncio.Future[None]
     ) -> None:
         self._starts.discard(start)
         if self._service.is_draining:
@@ -178,12 +178,12 @@ class Server:
         except OSError as error:
             self._lose(connection, error)
 
-    def _start_tls(self, connection: socket.socket, origin: ProxyHeader | None = None) -> None:
+    def _start_tls(self, connection: Accepted, origin: ProxyHeader | None = None) -> None:
         handshake = self._loop.create_task(self._shake_hands(connection, origin))
         self._handshakes.add(handshake)
         handshake.add_done_callback(self._forget)
 
-    async def _shake_hands(self, connection: socket.socket, origin: ProxyHeader | None) -> None:
+    async def _shake_hands(self, connection: Accepted, origin: ProxyHeader | None) -> None:
         assert self._tls is not None
         timeout = self._service.timeouts.head
         try:
@@ -196,11 +196,11 @@ class Server:
             )
         except OSError as error:
             if isinstance(error, ssl.SSLError):  # and not the client's leaving
-                client = origin.client if origin is not None else endpoint(peer_of(connection))
+                client = origin.client if origin is not None else endpoint(connection.peer)
                 log.info("refused a TLS connection of %s: %s", client[0] if client else "an unknown client", error)
             self._lose(connection, error)
 
-    def _lose(self, connection: socket.socket, error: OSError) -> None:
+    def _lose(self, connection: Accepted, error: OSError) -> None:
         """The client left meanwhile, or TLS could not be agreed on."""
         log.debug("a connection was lost before it began: %s", error)
         connection.close()

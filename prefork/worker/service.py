@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from prefork.worker.connection import HTTPConnection
     from prefork.worker.websocket import WebSocketConnection, WebSockets
 
-# Where the interpreter can, a task runs at once up to its first wait: an application that never waits costs the
-# loop no turn, and its answer leaves with the read that brought the request.
+# Where the interpreter can, a task runs at once up to its first wait: whoever has to have one of its own costs the
+# loop no turn.
 EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 

@@ -65,8 +65,14 @@ class PlainService(Service):
         return exchange.run(exchange)
 
 
+def name_of_task():
+    """Not the task: who keeps it ends the sharing."""
+    task = asyncio.current_task()
+    return task and task.get_name()
+
+
 async def end(exchange):
-    exchange.task = asyncio.current_task()
+    exchange.task = name_of_task()
     exchange.responded = True
 
 
@@ -96,7 +102,7 @@ def test_exchanges_of_one_turn_that_never_wait_share_a_task():
         later = Exchange(service, end)
         service.batch.add(later)
         await turns()
-        assert later.task is not exchanges[0].task
+        assert later.task != exchanges[0].task
 
     run(test)
 
@@ -106,9 +112,9 @@ def test_exchange_that_waits_keeps_its_task_to_itself():
         release = asyncio.Event()
 
         async def wait(exchange):
-            exchange.task = asyncio.current_task()
+            exchange.task = name_of_task()
             await release.wait()
-            assert asyncio.current_task() is exchange.task
+            assert name_of_task() == exchange.task
             exchange.responded = True
 
         kinds = [end, wait, end, wait, end]
@@ -176,22 +182,82 @@ def test_what_an_exchange_changes_in_its_context_no_other_one_sees():
         user.reset(token)
 
 
-def test_exchange_that_cancels_itself_does_not_cancel_the_next_one():
+async def cancel(exchange):
+    asyncio.current_task().cancel()
+
+
+async def cancel_and_think_again(exchange):
+    asyncio.current_task().cancel()
+    asyncio.current_task().uncancel()
+
+
+async def keep_the_task(exchange):
+    """As a watchdog does that nobody calls off."""
+    exchange.kept = asyncio.current_task().cancel
+
+
+async def leave_a_timeout_open(exchange):
+    async def pieces():
+        async with asyncio.timeout(60):
+            yield
+
+    exchange.kept = pieces()
+    await anext(exchange.kept)
+
+
+async def watch_weakly(exchange):
+    """As anyio does."""
+    exchange.kept = weakref.WeakKeyDictionary({asyncio.current_task(): exchange})
+
+
+async def set_an_attribute(exchange):
+    asyncio.current_task().user = exchange
+
+
+async def set_a_name(exchange):
+    asyncio.current_task().set_name("mine")
+
+
+async def clean_up_at_the_end(exchange):
+    asyncio.current_task().add_done_callback(lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        cancel,
+        cancel_and_think_again,
+        keep_the_task,
+        leave_a_timeout_open,
+        watch_weakly,
+        set_an_attribute,
+        set_a_name,
+        clean_up_at_the_end,
+    ],
+)
+def test_task_in_which_an_exchange_has_left_something_is_not_shared(leave):
     async def test(service):
-        async def cancel(exchange):
-            asyncio.current_task().cancel()
+        async def leave_and_end(exchange):
+            await leave(exchange)
             exchange.responded = True
 
         async def wait(exchange):
+            task = asyncio.current_task()
+            assert not hasattr(task, "user")
+            assert task.get_name() != "mine"
+            seen.append(id(task))
             await asyncio.sleep(0)
             exchange.responded = True
 
-        first, second = Exchange(service, cancel), Exchange(service, wait)
+        seen = []
+        first, second = Exchange(service, leave_and_end), Exchange(service, wait)
         service.batch.add(first)
         service.batch.add(second)
+        shared = id(service.batch._task)
         await turns()
         assert first.responded
         assert second.responded
+        assert seen != [shared]
 
     run(test)
 
@@ -229,7 +295,7 @@ def test_exchange_that_returns_without_a_response_is_concluded():
 
 
 def end_plainly(exchange):
-    exchange.task = asyncio.current_task()
+    exchange.task = name_of_task()
     exchange.responded = True
 
 
@@ -253,7 +319,7 @@ def test_what_a_plain_gateway_leaves_to_do_has_a_task_of_its_own():
             service.batch.add(exchange)
         await turns()
         assert all(exchange.responded for exchange in exchanges)
-        assert exchanges[0].task is not exchanges[2].task
+        assert exchanges[0].task != exchanges[2].task
         assert not service.tasks
 
     run(test, PlainService)
@@ -309,7 +375,7 @@ def test_next_request_of_a_connection_joins_the_turn(service):
         service.batch.add(first)
         await turns()
         assert together == [True]
-        assert second.task is first.task
+        assert second.task == first.task
 
     run(test, service)
 

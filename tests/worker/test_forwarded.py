@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import struct
 
 import pytest
 
 from tests.harness.client import Client, get
-from tests.harness.server import Server
+from tests.harness.server import Server, suspend
 
 
 def scope(address, *headers: str) -> dict:
@@ -70,3 +74,23 @@ def test_unix_peers_are_trusted_by_their_word(tmp_path, trusted, client):
     with Server("tests.apps.asgi:app", workers=1, bind=f"unix:{path}", forwarded_allow_ips=trusted) as server:
         server.wait_ready(1)
         assert scope(path, "X-Forwarded-For: 192.0.2.1")["client"] == client
+
+
+@pytest.mark.parametrize("sharing", ["inherit", "handoff"])
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_client_that_has_left_is_not_taken_for_one_on_a_unix_socket(loop, sharing):
+    """Its address cannot be asked for any more, and who has none is trusted by default."""
+    settings = {"loop": loop, "sharing": sharing, "forwarded_allow_ips": "unix", "access_log": "-"}
+    with Server("tests.apps.asgi:app", workers=1, bind="0.0.0.0:0", **settings) as server:
+        server.wait_ready(1)
+        worker = server.worker(1)
+        suspend(worker)
+        try:
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(b"GET /forged HTTP/1.1\r\nHost: t\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert get(server.port, "/scope").status == 200
+        server.wait_for(r"GET /scope")
+        assert "6.6.6.6" not in server.log

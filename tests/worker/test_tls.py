@@ -91,6 +91,22 @@ def der(certificate: Certificate) -> bytes:
     return ssl.PEM_cert_to_DER_cert(certificate.crt.read_text())
 
 
+# ---- answers ----
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("headers", [(), ("Connection: close",)], ids=["kept", "closed"])
+def test_stream_that_is_made_in_the_loop_arrives_whole(made, loop, headers):
+    """Its pieces are to leave at once, which TLS transports have a way of their own to delay."""
+    settings = {"threads": "0", "graceful_timeout": 1, **files(made["localhost"])}
+    with Server("tests.apps.wsgi:app", workers=1, loop=loop, **settings) as server:
+        server.wait_ready(1)
+        with connect(server.port) as client:
+            answer = client.get("/pieces", *headers)
+            assert answer.status == 200
+            assert answer.text.endswith("\n998\n999\n")
+
+
 # ---- certificates ----
 
 
