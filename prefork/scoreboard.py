@@ -73,6 +73,8 @@ class Slot:
     closed = Count(5)  # worker: those of them that have ended
     requests = Count(REQUESTS)  # worker: answered since it started
     begun = Count(BEGUN)  # worker: requests whose head was read since it started
+    beat = Instant(8)  # worker: when its event loop last ran the heartbeat
+    lag = Instant(9)  # worker: by how many seconds that heartbeat came too late
 
     def __init__(self, index: int, memory: memoryview) -> None:
         self.index = index

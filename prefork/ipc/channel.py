@@ -45,7 +45,7 @@ class Message:
     """What came out of a channel. The receiver closes *fds*, best with `with message.fds:`."""
 
     kind: Kind
-    body: Any  # what JSON can hold
+    body: Any  # what JSON can hold; the bytes as they came for Kind.PUBLISH
     fds: Fds = field(default_factory=Fds)
 
 
@@ -89,7 +89,7 @@ class Channel:
         return self._sock.fileno() < 0
 
     def send(self, message: Any, *, kind: Kind = Kind.CONTROL, fds: Sequence[int] = (), keep: bool = False) -> bool:
-        """Send *message* as JSON, or queue it behind what waits; false advises to send no more for now.
+        """Send *message* as JSON (bytes as they are for Kind.PUBLISH), or queue it behind what waits; false advises to send no more for now.
 
         The channel owns *fds* from this call on, even if it raises, and closes them once they have
         left; with *keep* it sends duplicates and the caller's stay his. Raises ChannelClosed, TypeError
@@ -100,7 +100,7 @@ class Channel:
         try:
             self._check_writable()
             _check_open(owned)
-            data = encode(Frame(kind, _to_json(message), tuple(owned)))
+            data = encode(Frame(kind, message if kind is Kind.PUBLISH else _to_json(message), tuple(owned)))
         except BaseException:
             close_all(owned)
             raise
@@ -122,7 +122,7 @@ class Channel:
             for _ in range(READS_PER_CALL):
                 if not self._read_into(frames):
                     break
-            return [Message(frame.kind, _from_json(frame.payload), Fds(frame.fds)) for frame in frames]
+            return [Message(frame.kind, _body(frame), Fds(frame.fds)) for frame in frames]
         except FrameError:
             for frame in frames:
                 close_all(frame.fds)
@@ -234,6 +234,10 @@ def _check_open(fds: list[int]) -> None:
     """Found out here it is the caller's error; found out while flushing it would be nobody's."""
     for fd in fds:
         os.fstat(fd)
+
+
+def _body(frame: Frame) -> Any:
+    return frame.payload if frame.kind is Kind.PUBLISH else _from_json(frame.payload)
 
 
 def _to_json(message: Any) -> bytes:

@@ -38,6 +38,7 @@ class Kind(IntEnum):
     USER = 2  # between an application's processes
     HANDOFF = 3  # an accepted connection for the receiver to serve
     ACK = 4  # what became of a HANDOFF
+    PUBLISH = 5  # a topic and what is published under it, passed on as it came
 
 
 @dataclass(frozen=True, slots=True)
