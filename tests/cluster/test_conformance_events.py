@@ -269,7 +269,7 @@ def test_rule_4_exited_after_disconnect_is_a_boolean_from_the_first_of_the_two_o
 
 
 def test_rule_5_the_state_goes_one_way():
-    """FORKED, ONLINE, LISTENING, DRAINING, EXITED: documented here, and never revisited."""
+    """FORKED, ONLINE, LISTENING, DRAINING, DISCONNECTED, EXITED: documented here, and never revisited."""
     with Program("ways") as master:
         master.fork("worker, '127.0.0.1:0'")
         master.until("listening", worker=1)
@@ -282,7 +282,7 @@ def test_rule_5_the_state_goes_one_way():
         "online": "ONLINE",
         "listening": "LISTENING",
         "draining": "DRAINING",
-        "disconnect": "DRAINING",
+        "disconnect": "DISCONNECTED",
         "exit": "EXITED",
     }
 
@@ -328,7 +328,7 @@ def test_exactly_one_of_code_and_signal_is_none_and_the_cause_is_a_word():
         causes = [master.until("cause", worker=number)["cause"] for number in (1, 2, 3, 4)]
         exits = [master.until("exit", worker=number) for number in (1, 2, 3, 4)]
 
-    assert causes == ["retired", "retired", "crashed", "killed"]
+    assert causes == ["retired", "killed", "crashed", "killed"]
     assert [(told["code"], told["signal"]) for told in exits] == [
         (0, None),
         (None, "SIGKILL"),

@@ -69,7 +69,7 @@ def test_messages_before_the_first_listener_are_kept(function):
         assert [(told["message"], told["handle"]) for told in master.told("heard")] == [(n, "pipe") for n in range(5)]
 
 
-@pytest.mark.parametrize("how", ["lambda: None", "sys.exit", "lambda: os.kill(os.getpid(), 15)"])
+@pytest.mark.parametrize("how", ["lambda: None", "sys.exit", "raises"])
 def test_messages_of_a_worker_are_told_before_its_exit(how):
     """Also those that it sent in its very last moment."""
     count = 500

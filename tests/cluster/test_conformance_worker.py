@@ -63,20 +63,43 @@ def test_disconnect_lets_exchanges_finish_and_accepts_nothing_more(code, where):
             master.until("waits", worker=1)
             master.do(f"{code}.disconnect() and None", worker=where)
             master.until("draining", worker=1)
-            with pytest.raises(ConnectionRefusedError):
-                _connect_until_refused(port)
+            late = Client(port)
+            late.send(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
             master.do("go.set()", worker=1)
 
             answer = client.read()
             assert (answer.text, answer.headers["connection"]) == ("waited\n", "close")
+        with late, pytest.raises((EOFError, ConnectionResetError)):
+            late.read()  # it was in the queue, which went with the last user of the listener
         ended = master.until("exit", worker=1)
         assert (ended["code"], ended["asked"]) == (0, True)
 
 
-def _connect_until_refused(port):
-    """The listener goes with its last user, an instant after that user has begun to drain."""
-    for _ in range(1000):
-        Client(port).close()
+def test_who_comes_while_the_last_worker_leaves_is_served_by_its_replacement():
+    """Node refuses: the listener went at the beginning of the drain. Here it waits for whoever asks for it next."""
+    with Program("ways") as master:
+        master.do("cluster.on('draining', lambda old: cluster.fork(worker, '127.0.0.1:0')) and None")
+        master.fork("worker, '127.0.0.1:0'")
+        port = master.port_of(1)
+        with Client(port) as client:
+            client.send(b"GET /wait HTTP/1.1\r\nHost: test\r\n\r\n")
+            master.until("waits", worker=1)
+            master.do("cluster.workers[1].disconnect() and None")
+            assert get(port).text == "worker 2\n"
+            master.do("go.set()", worker=1)
+
+            assert client.read().text == "waited\n"
+
+
+def test_a_worker_that_reads_no_messages_yet_is_asked_by_sigterm():
+    """It imports, or computes: a message would wait for ever. Whoever has cleaning up to do handles the signal."""
+    with Program("ways") as master:
+        master.fork("sleeps")
+        master.until("begun")
+        master.do("cluster.workers[1].disconnect() and None")
+        ended = master.until("exit", worker=1)
+
+        assert (ended["signal"], ended["asked"]) == ("SIGTERM", True)
 
 
 @pytest.mark.parametrize(("code", "where"), [("cluster.workers[1]", None), ("cluster.worker", 1)])
@@ -267,13 +290,29 @@ def test_there_is_no_error_event():
 def test_a_fork_that_fails_raises_and_leaves_no_worker():
     """Node says so by an "error" event of the worker. No number is used up, no descriptor left open."""
     with Program("ways") as master:
+        master.do("import resource; limit = resource.getrlimit(resource.RLIMIT_NOFILE)")
         before = master.do("len(os.listdir('/proc/self/fd'))")
-        master.do("cluster.setup_master(exec='/nowhere/at/all.py', cwd='/nowhere')")
+        master.do("resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir('/proc/self/fd'))), limit[1]))")
+        with pytest.raises(AssertionError, match="OSError.*[Tt]oo many open files"):
+            master.do("cluster.fork(worker)")
+        master.do("resource.setrlimit(resource.RLIMIT_NOFILE, limit)")
 
-        with pytest.raises(AssertionError, match="Error"):
-            master.do("cluster.fork()")
         assert master.do("list(cluster.workers)") == []
         assert master.do("len(os.listdir('/proc/self/fd'))") == before
+        assert master.fork() == 1
+
+
+@pytest.mark.parametrize("setting", ["exec='/nowhere/at/all.py'", "cwd='/nowhere'", "uid=1, exec='/nowhere/at/all.py'"])
+def test_a_program_that_cannot_be_started_is_an_exit_with_a_code(setting):
+    """The fork has succeeded, as far as the master can know; the log says what is missing."""
+    with Program("both_ways") as master:
+        master.do(f"cluster.setup_master({setting})")
+        master.do("cluster.fork() and None")
+        ended = master.until("exit", worker=1)
+
+        assert ended["code"] > 0
+        assert master.names(1, "online") == ["fork", "disconnect", "exit"]
+        assert "/nowhere" in master.log or "o such file" in master.log
 
 
 # ---- the master's death ----

@@ -97,9 +97,14 @@ class Program(Server):
         return self._orders
 
     def fork(self, call: str = "worker", **env: str) -> int:
-        """The id of a new worker once it is online; *call* is what stands in cluster.fork(...)."""
+        """The id of a new worker once it is online; *call* is what stands in cluster.fork(...).
+
+        One that obeys (`worker`, or the whole program) has heard an order by then: it can be asked to leave.
+        """
         number = self.do(f"cluster.fork({call}).id")
         self.until("online", worker=number)
+        if call.partition(",")[0] in ("worker", ""):
+            self.do("1", worker=number)
         return int(number)
 
     def hang_up(self) -> None:

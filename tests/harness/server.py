@@ -232,10 +232,17 @@ def suspend(pid: int) -> None:
 
 
 @contextmanager
-def stopped(server: Server) -> Iterator[None]:
-    """The master does not run inside: SIGSTOP before, SIGCONT after."""
-    suspend(server.pid)
+def halted(pid: int) -> Iterator[None]:
+    """*pid* does not run inside: SIGSTOP before, SIGCONT after."""
+    suspend(pid)
     try:
         yield
     finally:
-        server.signal(signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def stopped(server: Server) -> Iterator[None]:
+    """The master does not run inside."""
+    with halted(server.pid):
+        yield

@@ -9,14 +9,14 @@ async def app(request):
     return f"worker {cluster.worker.id}\n"
 
 
-def worker(bind=None, **settings):
+def worker(bind=None, settings=None):
     """Obeys; serves as well if *bind* says where."""
     current = cluster.worker
     current.on("message", hear)
     current.on("draining", lambda: say("drains", worker=current.id))
     current.on("disconnect", lambda: say("disconnects", worker=current.id, asked=current.exited_after_disconnect))
     if bind is not None:
-        cluster.listen(app, bind, **settings)
+        cluster.listen(app, bind, **(settings or {}))
 
 
 def fork(*args, **options):

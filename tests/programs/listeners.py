@@ -1,5 +1,6 @@
 """The console, and workers that ask for listeners."""
 
+import select
 import struct
 
 from prefork import cluster
@@ -16,25 +17,29 @@ async def app(request):
     return f"worker {cluster.worker.id}\n"
 
 
-def worker(bind=None, **settings):
+def worker(bind=None, settings=None):
     cluster.worker.on("message", hear)
     if bind is not None:
-        cluster.listen(app, bind, **settings)
+        cluster.listen(app, bind, **(settings or {}))
+
+
+def shares(sharing, *binds):
+    tries(*binds, settings={"sharing": sharing})
 
 
 def where(one):
     return one.getsockname() if one.family == socket.AF_UNIX else one.getsockname()[1]
 
 
-def tries(*binds, gates=(), **settings):
-    """Ask for each of *binds* in turn, before each but the first waiting at the next of *gates*; then obey."""
+def tries(*binds, settings=None):
+    """Ask for each of *binds* in turn, then obey. A number among them is a pipe, and to wait for a byte from it."""
     cluster.worker.on("message", hear)
-    gates = list(gates)
-    for number, bind in enumerate(binds):
-        if number and gates:
-            os.read(gates.pop(0), 1)
+    for bind in binds:
+        if isinstance(bind, int):
+            os.read(bind, 1)
+            continue
         try:
-            one = cluster.listener(bind, **settings)
+            one = cluster.listener(bind, **(settings or {}))
         except OSError as error:
             say("failed", worker=cluster.worker.id, kind=type(error).__name__, errno=errno.errorcode.get(error.errno))
         else:
@@ -42,21 +47,24 @@ def tries(*binds, gates=(), **settings):
             say("opened", worker=cluster.worker.id, where=where(one), text=str(one.getsockname()))
 
 
-def echoes(bind, **settings):
+def echoes(bind, settings=None):
     """A server that is not HTTP."""
-    listening = cluster.listener(bind, **settings)
+    listening = cluster.listener(bind, **(settings or {}))
     say("opened", worker=cluster.worker.id, where=where(listening))
-    listening.setblocking(True)
     while True:
-        connection, _ = listening.accept()
+        select.select([listening], [], [])
+        try:
+            connection, _ = listening.accept()
+        except BlockingIOError:  # a sibling was faster
+            continue
         with connection:
             connection.sendall(f"worker {cluster.worker.id}: ".encode() + connection.recv(100))
 
 
-def serves(bind, **settings):
+def serves(bind, settings=None):
     """cluster.listen, and what it raises."""
     try:
-        cluster.listen(app, bind, **settings)
+        cluster.listen(app, bind, **(settings or {}))
     except OSError as error:
         say("failed", worker=cluster.worker.id, kind=type(error).__name__, errno=errno.errorcode.get(error.errno))
 

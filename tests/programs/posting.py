@@ -16,13 +16,13 @@ async def app(request):
     return f"worker {cluster.worker.id}: {request.method} {request.path} {body.decode()}\n"
 
 
-def worker(bind=None, **settings):
+def worker(bind=None, settings=None):
     cluster.worker.on("message", hear)
     if bind is not None:
-        cluster.listen(app, bind, **settings)
+        cluster.listen(app, bind, **(settings or {}))
 
 
-def server(bind="127.0.0.1:0", **settings):
+def server(bind="127.0.0.1:0", settings=None):
     """Serves by HTTP what it is handed."""
 
     def served(message, handle):
@@ -32,7 +32,7 @@ def server(bind="127.0.0.1:0", **settings):
             say("served", worker=cluster.worker.id, taken=cluster.worker.serve(handle))
 
     cluster.worker.on("message", served)
-    cluster.listen(app, bind, **settings)
+    cluster.listen(app, bind, **(settings or {}))
 
 
 def late(gate):
@@ -77,6 +77,10 @@ def counts(total):
 def speaks(sizes):
     for number, size in enumerate(sizes):
         cluster.worker.send({"number": number, "size": size, "text": "x" * size})
+
+
+def raises():
+    raise RuntimeError("on purpose")
 
 
 def says_goodbye(count, how):

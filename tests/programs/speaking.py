@@ -1,7 +1,6 @@
 """Workers that use their standard streams."""
 
 import os
-import select
 import sys
 
 from prefork import cluster
@@ -19,23 +18,25 @@ def listener():
     say("read", worker=cluster.worker.id, line=sys.stdin.readline())
 
 
-def spoken(worker):
-    """What the pipes of a worker that has ended hold; None where there is no pipe."""
-    process = handles[worker].process
-    return [pipe and pipe.read().decode() for pipe in (process.stdout, process.stderr)]
+def overhear(worker):
+    """Say what comes through the pipes of *worker*, whole, when each has ended."""
+    handles[worker.id] = worker
+    for name in ("stdout", "stderr"):
+        output = getattr(worker.process, name)
+        if output is not None:
+            pieces = []
+            output.on("data", pieces.append)
+            output.on("end", lambda name=name, pieces=pieces: say("spoken", by=name, text=b"".join(pieces).decode()))
 
 
 def write(worker, text):
-    stdin = handles[worker].process.stdin
-    select.select([], [stdin], [])
-    stdin.write(text.encode())
-    stdin.flush()
+    os.write(handles[worker].process.stdin, text.encode())
 
 
 if cluster.is_worker:
     speaker()
 elif __name__ == "__main__":
     tell_all()
-    cluster.on("fork", lambda worker: handles.update({worker.id: worker}))
+    cluster.on("fork", overhear)
     obey()
     cluster.run()

@@ -24,10 +24,10 @@ async def app(request):
     return f"worker {cluster.worker.id}\n"
 
 
-def worker(bind=None, **settings):
+def worker(bind=None, settings=None):
     cluster.worker.on("message", hear)
     if bind is not None:
-        cluster.listen(app, bind, **settings)
+        cluster.listen(app, bind, **(settings or {}))
 
 
 def opens(*binds):
