@@ -23,6 +23,10 @@ class StartError(PreforkError):
     """`serve` cannot start here: inside a running event loop, in a thread, on an unfit platform."""
 
 
+class ClusterError(PreforkError):
+    """Something of `prefork.cluster` was called in the wrong process, or at the wrong time."""
+
+
 class AddressError(PreforkError, ValueError):
     """An address to bind cannot be understood."""
 
