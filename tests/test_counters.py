@@ -271,13 +271,12 @@ def test_four_processes_take_exactly_the_limit(shared):
     assert sum(taken) == counter.value == 10_000
 
 
-def test_threads_of_one_process_lose_nothing(shared):
-    """Record locks do not keep the threads of a process apart."""
-    counter = shared.counter("x")
+def in_threads(act, count=4):
+    """Run *act* in *count* threads that interrupt one another as often as the interpreter can."""
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+    sys.setswitchinterval(1e-6)
     try:
-        threads = [threading.Thread(target=lambda: [counter.add() for _ in range(3_000)]) for _ in range(4)]
+        threads = [threading.Thread(target=act) for _ in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -285,29 +284,28 @@ def test_threads_of_one_process_lose_nothing(shared):
     finally:
         sys.setswitchinterval(interval)
 
-    assert counter.value == 12_000
 
-
-def test_threads_with_views_of_their_own_lose_nothing(shared, board):
-    """A lock for each view would let them pass each other."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+def test_threads_of_several_processes_lose_nothing(board, shared):
+    """A record lock belongs to the process: one thread would release it under another. Each thread has a view of its own."""
 
     def act():
         counter = Counters(board).counter("x")
-        for _ in range(3_000):
+        for _ in range(2_000):
             counter.add()
 
-    try:
-        threads = [threading.Thread(target=act) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    in_processes(3, lambda: in_threads(act))
 
-    assert shared.counter("x").value == 12_000
+    assert shared.counter("x").value == 24_000
+
+
+def test_threads_share_a_rate_limit(shared):
+    """A thread that calculates is interrupted in the middle."""
+    limit = shared.rate_limit("x", limit=2_000, per=1e6)
+    allowed = []
+
+    in_threads(lambda: allowed.append(sum(limit.allow() for _ in range(2_000))))
+
+    assert sum(allowed) == 2_000
 
 
 def test_a_fresh_interpreter_attaches_by_descriptor(board, shared):
