@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "prefork"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "cpus", "kinds", "config", "log", "emitter", "scoreboard"}
+GROUND = {"errors", "cpus", "kinds", "config", "log", "emitter", "scoreboard", "counters"}
 
 # What each room, and each module of the ground floor, may import of prefork. A room may also import itself.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "log": {"errors", "config"},
     "emitter": {"errors", "config", "log"},
     "scoreboard": {"errors"},
+    "counters": {"errors", "scoreboard"},
     "protocol": {"errors"},
     "net": GROUND,
     "ipc": {"errors", "log"},
