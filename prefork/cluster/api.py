@@ -6,11 +6,9 @@ the one that `prefork.serve` runs.
 
 from __future__ import annotations
 
-import gc
 import inspect
 import os
 import socket
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -120,13 +118,14 @@ class Cluster:
         TERM and INT stop it: workers finish what they have. *inbox* catches signals already, if given.
         """
         self._check_master("run")
-        if threading.current_thread() is not threading.main_thread():
-            raise ClusterError("cluster.run() was called in a thread, but only the main thread gets signals")
         master = self._master
         if inbox is not None:
             return self._run(master, inbox)
         inbox = SignalInbox(CAUGHT)
-        inbox.open()
+        try:
+            inbox.open()
+        except ValueError as error:
+            raise ClusterError("cluster.run() was called in a thread, but only the main thread gets signals") from error
         try:
             return self._run(master, inbox)
         finally:
@@ -243,7 +242,9 @@ class Cluster:
 
     def _this_worker(self, what: str) -> Worker:
         if self.worker is None:
-            raise ClusterError(f"cluster.{what}() runs in a worker, and this is the master: call it in what fork() runs")
+            raise ClusterError(
+                f"cluster.{what}() runs in a worker, and this is the master: call it in what fork() runs"
+            )
         return self.worker
 
 

@@ -17,6 +17,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from prefork import log as logs
@@ -195,7 +196,7 @@ class Master:
         self.reactor.add(ChannelSource(handle, self.reactor, self._on_message, self._on_channel_end))
         self.reactor.add(ExitSource(handle, self._on_exit))
         # Not now: who gets the handle shall see it too.
-        self.reactor.call_soon(lambda: self.emit("fork", handle=handle))
+        self.reactor.call_soon(partial(self.emit, "fork", handle=handle))
         return handle
 
     def _free_slot(self) -> int:
@@ -269,7 +270,7 @@ class Master:
     def _on_message(self, handle: WorkerHandle, message: Message) -> None:
         match message.kind:
             case Kind.ACK:
-                self.dispatcher.settle(handle, *message.body)
+                self.dispatcher.hear(handle, message.body)
             case Kind.PUBLISH:
                 self._topics.publish(message.body)
             case Kind.USER:

@@ -73,7 +73,7 @@ class Reactor:
         self._sources: dict[int, Source] = {}
         self._masks: dict[int, int] = {}
         self._timers: list[Timer] = []
-        self._soon: list[Callable[[], None]] = []
+        self._soon: list[Callable[[], object]] = []
         self._order = itertools.count()
 
     def add(self, source: Source) -> None:
@@ -88,13 +88,11 @@ class Reactor:
         if self._sources.pop(descriptor, None) is not None and self._masks.pop(descriptor):
             self._poll.unregister(descriptor)
 
-    def call_soon(self, call: Callable[[], None]) -> None:
+    def call_soon(self, call: Callable[[], object]) -> None:
         """*call* once, at the beginning of the next turn: before anything that arrives."""
         self._soon.append(call)
 
-    def call_later(
-        self, delay: float, call: Callable[[], None], on_cancel: Callable[[], None] | None = None
-    ) -> Timer:
+    def call_later(self, delay: float, call: Callable[[], None], on_cancel: Callable[[], None] | None = None) -> Timer:
         """*call* once, *delay* seconds from now."""
         timer = Timer(self.now() + delay, next(self._order), call, on_cancel)
         heapq.heappush(self._timers, timer)

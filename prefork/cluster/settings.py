@@ -25,7 +25,9 @@ class ClusterSettings:
     uid: int | str | None = None  # a user's number or name
     gid: int | str | None = None
     silent: bool = False  # stdout and stderr are pipes to the master: worker.process.stdout.on("data", ...)
-    stdio: tuple[Any, ...] | None = None  # for descriptors 0, 1 and 2: "inherit", "ignore", "pipe", a descriptor or file
+    stdio: tuple[Any, ...] | None = (
+        None  # for descriptors 0, 1 and 2: "inherit", "ignore", "pipe", a descriptor or file
+    )
     serialization: str = "json"  # of messages: "json" or "pickle"
     max_message: int = MAX_SIZE  # bytes
     sharing: str = "inherit"  # of the listeners that workers ask for

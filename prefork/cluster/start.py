@@ -96,4 +96,3 @@ def _identity(settings: ClusterSettings) -> Identity:
         return settings.uid
     user, group = (None if who is None else str(who) for who in (settings.uid, settings.gid))
     return resolve(user, group)
-

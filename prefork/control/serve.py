@@ -40,6 +40,7 @@ from prefork.worker.main import Equipment
 
 log = logging.getLogger("prefork")
 
+
 def serve(app: Any, **settings: Any) -> None:
     """Serve *app* until told to stop; this process becomes the master.
 

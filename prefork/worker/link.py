@@ -29,6 +29,7 @@ from prefork.errors import ChannelClosed, ClusterError, FrameError, ListenError
 from prefork.ipc.aio import AsyncChannel
 from prefork.ipc.channel import Channel, Message
 from prefork.ipc.frames import MAX_SIZE, Kind
+from prefork.ipc.handoff import Verdict, decode_offers, encode_answer
 from prefork.net.address import Address, absolute, parse_address
 from prefork.net.sharing import Sharing
 from prefork.scoreboard import Scoreboard
@@ -299,8 +300,8 @@ class Worker:
         with suppress(ChannelClosed):
             self._do(lambda: self._way_out.send(body))
 
-    def acknowledge(self, body: Any) -> None:
-        """What became of a connection that was handed over."""
+    def acknowledge(self, body: bytes) -> None:
+        """What became of connections that were handed over."""
         with suppress(ChannelClosed):  # the master is gone; that is told by the line's end
             self._way_out.send(body, kind=Kind.ACK)
 
@@ -365,7 +366,7 @@ class Worker:
             case Kind.HANDOFF if self.server is not None:
                 self.server.take_over(message)
             case Kind.HANDOFF:
-                self.acknowledge([message.body[0], False])
+                self.acknowledge(encode_answer(Verdict.REFUSED, decode_offers(message.body)[1]))
             case Kind.CONTROL if message.body["type"] == "listener":
                 self._answer = message.body
                 self._answer_fds = [message.fds.take_socket() for _ in range(len(message.fds))]
@@ -511,4 +512,3 @@ def _call_on_loop(loop: Any, call: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value  # type: ignore[no-any-return]
-

@@ -25,6 +25,7 @@ from prefork.gateway.load import Application, Interface, load_application, resol
 from prefork.gateway.make import make_gateway, make_websocket_gateway
 from prefork.gateway.threads import Threads
 from prefork.ipc.channel import Message
+from prefork.ipc.handoff import Verdict, decode_offers, encode_answer
 from prefork.log import AccessLog
 from prefork.net.forwarded import Forwarding, Trusted
 from prefork.net.tls import PEM, RENEWAL_INTERVAL, TLS, TLSFiles
@@ -48,6 +49,7 @@ SHUTDOWN_TIMEOUT = 4.0
 
 # Threads whose requests were cut off get this long to notice and clean up, in seconds.
 THREADS_GRACE = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
@@ -293,16 +295,17 @@ class Serving:
     # ---- serving ----
 
     def take_over(self, message: Message) -> None:
-        """A connection that the master accepted. What is refused is closed by the message's owner."""
-        number, _listener = message.body
-        if message.is_lost:
-            self._worker.acknowledge([number, False, "exhausted"])
-            return
-        accepted = self._server is not None and not self._leaving.is_set()
-        if accepted:
-            assert self._server is not None
-            self._server.adopt(message.fds.take_socket())
-        self._worker.acknowledge([number, accepted])
+        """Connections that the master accepted. What is refused is closed by the message's owner."""
+        listener, numbers = decode_offers(message.body)
+        if len(message.fds) < len(numbers):  # no descriptor was left for them here
+            verdict = Verdict.EXHAUSTED
+        elif self._server is None or self._leaving.is_set():
+            verdict = Verdict.REFUSED
+        else:
+            verdict = Verdict.ACCEPTED
+            for _ in numbers:
+                self._server.take_over(message.fds.take(), listener)
+        self._worker.acknowledge(encode_answer(verdict, numbers))
 
     def adopt(self, connection: socket.socket, received: bytes) -> bool:
         return self._server is not None and self._server.adopt(connection, received)
