@@ -39,7 +39,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 TOP = {"__init__.py", "__main__.py"}
 
 # A narrower door between two rooms: the master knows what a worker is and how to become one, nothing inside it.
-DOORS = {("cluster", "worker"): {"prefork.worker.main.run", "prefork.worker.main.Worker"}}
+DOORS = {
+    ("cluster", "worker"): {
+        "prefork.worker.main.run",
+        "prefork.worker.main.load_function",
+        "prefork.worker.main.Worker",
+    }
+}
 
 # Other people's packages, each with its one place. Everything else is the standard library.
 THIRD_PARTY = {

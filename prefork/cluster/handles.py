@@ -17,6 +17,7 @@ from prefork.emitter import Emitter
 from prefork.errors import ChannelClosed
 from prefork.ipc.channel import Channel
 from prefork.process.status import ExitStatus
+from prefork.scoreboard import Slot
 
 log = logging.getLogger("prefork")
 
@@ -46,6 +47,7 @@ class WorkerHandle:
         pid: int,
         channel: Channel,
         started_at: float,
+        stats: Slot,
         retire: Callable[[WorkerHandle], None],
     ) -> None:
         self.id = id
@@ -60,6 +62,7 @@ class WorkerHandle:
         self.passed_deadline: str | None = None  # which one, in words
         self.channel = channel
         self.started_at = started_at  # seconds of the monotonic clock
+        self.stats = stats  # what it writes about itself: connections, in_flight, requests, lag and so on
         self._retire = retire
         self.listening_since: float | None = None
         self._emitter = Emitter(WORKER_EVENTS)

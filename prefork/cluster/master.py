@@ -16,7 +16,7 @@ import os
 import signal
 
 from prefork import log as logs
-from prefork.cluster.dispatch import Acceptor, Dispatcher
+from prefork.cluster.dispatch import Dispatcher
 from prefork.cluster.handles import BootFailure, SlotRecord, WorkerHandle
 from prefork.cluster.lifecycle import State
 from prefork.cluster.plan import Plan, Seat
@@ -70,8 +70,7 @@ class Master:
         self._workers = workers  # by id; an entry stays until its process is reaped
         self._reactor = Reactor()
         self._inbox = inbox
-        self._dispatcher = Dispatcher(plan.board, self._reactor.call_later)
-        self._acceptors: list[Acceptor] = []
+        self._dispatcher = Dispatcher(self._reactor)
         self._slots: list[SlotRecord] = []
         self._ids = 0
         self._wanted = plan.workers
@@ -85,7 +84,7 @@ class Master:
         self._inbox.on_caught = None  # from here on they wait for our turn
         try:
             self._reactor.add(SignalSource(self._inbox, self._on_signal))
-            self._open_acceptors()
+            self._open_doors()
             self._fill_slots()
             if self._plan.tls is not None:
                 self._reactor.call_later(RENEWAL_INTERVAL, self._renew_certificates)
@@ -110,12 +109,10 @@ class Master:
 
     # ---- starting ----
 
-    def _open_acceptors(self) -> None:
+    def _open_doors(self) -> None:
         for index, listener in enumerate(self._plan.listeners):
             if listener.sharing is Sharing.HANDOFF:
-                acceptor = Acceptor(listener.socket_for(0), index, self._dispatcher, self._reactor.call_later)
-                self._acceptors.append(acceptor)
-                self._reactor.add(acceptor)
+                self._dispatcher.open(index, listener.socket_for(0), self._plan.pick)
 
     def _fill_slots(self) -> None:
         while len(self._slots) < self._wanted:
@@ -166,7 +163,8 @@ class Master:
             theirs.close()
         self._ids = seat.id
         try:
-            return WorkerHandle(seat.id, record.index, self._plan.generation, pid, ours, now, self._retire)
+            stats = self._plan.board[record.index]
+            return WorkerHandle(seat.id, record.index, self._plan.generation, pid, ours, now, stats, self._retire)
         except OSError:  # no descriptor is left to watch it by: it must not live unwatched
             ours.close()
             os.kill(pid, signal.SIGKILL)
@@ -191,8 +189,7 @@ class Master:
 
     def _on_message(self, handle: WorkerHandle, message: Message) -> None:
         if message.kind is Kind.ACK:
-            number, accepted = message.body
-            self._dispatcher.settle(handle, number, accepted)
+            self._dispatcher.hear(handle, message.body)
         elif message.kind is Kind.CONTROL:
             getattr(self, f"_hear_{message.body['type']}")(handle, message.body)
 
@@ -210,7 +207,9 @@ class Master:
         if not self._anybody_booted:
             log.info("%s", body["application"])
         self._anybody_booted = True
-        self._dispatcher.join(handle)
+        for index, listener in enumerate(self._plan.listeners):
+            if listener.sharing is Sharing.HANDOFF:
+                self._dispatcher.join(handle, index)
         took = handle.listening_since - handle.started_at
         log.info("%s is listening, %.0f ms after its fork", handle.describe(), took * 1000)
         for listener in self._plan.listeners:
@@ -448,10 +447,8 @@ class Master:
         self._kill_all()
 
     def _close_doors(self) -> None:
-        for acceptor in self._acceptors:
-            self._reactor.remove(acceptor)
-        self._acceptors.clear()
-        for listener in self._plan.listeners:
+        for index, listener in enumerate(self._plan.listeners):
+            self._dispatcher.shut(index)
             listener.close()
         for record in self._slots:
             if record.restart is not None:

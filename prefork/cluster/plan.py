@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from prefork.cluster.picks import LeastConnections, Pick
 from prefork.config import Settings
 from prefork.ipc.channel import Channel
 from prefork.net.listener import Listener
@@ -34,3 +35,4 @@ class Plan:
     board: Scoreboard
     generation: int = 1
     tls: TLS | None = None
+    pick: Pick = field(default_factory=LeastConnections)  # under handoff

@@ -20,6 +20,7 @@ from typing import Any
 
 from prefork import log as logs
 from prefork.cluster.api import Cluster, the_cluster
+from prefork.cluster.picks import Pick, make_pick
 from prefork.cluster.plan import Plan, Seat
 from prefork.config import Settings
 from prefork.control.place import Stopped, alone, check_place, current_directory, prepare_environment, signals_caught
@@ -100,22 +101,32 @@ def _start(settings: Settings, cluster: Cluster, inbox: SignalInbox, leave: Exit
         log.error("%s", _with_traceback(str(error), error))
         return LOAD_FAILED
     _call_hooks(settings.hooks, cluster)
+    pick = _make_pick(settings)
     board = Scoreboard(max(LEAST_SLOTS, SPARE_FACTOR * settings.worker_count))
     equipment = Equipment(settings, listeners, identity, tls, application, access_log)
     _settle_memory(leave)
-    return cluster.run(_plan(settings, cluster, equipment, board), inbox)
+    return cluster.run(_plan(settings, cluster, equipment, board, pick), inbox)
 
 
-def _plan(settings: Settings, cluster: Cluster, equipment: Equipment, board: Scoreboard) -> Plan:
+def _plan(settings: Settings, cluster: Cluster, equipment: Equipment, board: Scoreboard, pick: Pick) -> Plan:
     def be_worker(seat: Seat) -> int:
         worker = Worker(seat.id, seat.slot, seat.generation, seat.master)
         cluster.become_worker(worker)
         return worker_main.run(worker, seat.channel, board[seat.slot], equipment)
 
-    return Plan(be_worker, settings, settings.worker_count, equipment.listeners, board, tls=equipment.tls)
+    return Plan(be_worker, settings, settings.worker_count, equipment.listeners, board, tls=equipment.tls, pick=pick)
 
 
 # ---- before the start ----
+
+
+def _make_pick(settings: Settings) -> Pick:
+    pick = make_pick(settings.pick)
+    if pick.needs_head and settings.certfile:
+        raise ConfigError(
+            f"pick {settings.pick!r} wants to see requests and certfile is set: the master cannot read what is encrypted"
+        )
+    return pick
 
 
 def _load_tls(settings: Settings) -> TLS | None:

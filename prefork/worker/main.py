@@ -33,6 +33,7 @@ from prefork.gateway.threads import Threads
 from prefork.ipc.aio import AsyncChannel
 from prefork.ipc.channel import Channel, Message
 from prefork.ipc.frames import Kind
+from prefork.ipc.handoff import Verdict, decode_offers, encode_answer
 from prefork.log import AccessLog
 from prefork.net.forwarded import Forwarding, Trusted
 from prefork.net.listener import Listener
@@ -338,14 +339,18 @@ class Serving:
                     self._renew_certificates(message.body["pem"])
 
     def _take_over(self, message: Message) -> None:
-        """A connection that the master accepted. What is refused is closed by the message's owner."""
-        number, _listener = message.body
-        accepted = self._server is not None and not self._leaving.is_set()
-        if accepted:
-            assert self._server is not None
-            self._server.adopt(message.fds.take_socket())
+        """Connections that the master accepted. What is refused is closed by the message's owner."""
+        listener, numbers = decode_offers(message.body)
+        if len(message.fds) < len(numbers):  # no descriptor was left for them here
+            verdict = Verdict.EXHAUSTED
+        elif self._server is None or self._leaving.is_set():
+            verdict = Verdict.REFUSED
+        else:
+            verdict = Verdict.ACCEPTED
+            for _ in numbers:
+                self._server.take_over(message.fds.take(), listener)
         with suppress(ChannelClosed):  # the master is gone; that is told by the channel's end
-            self._channel.send([number, accepted], kind=Kind.ACK)
+            self._channel.send(encode_answer(verdict, numbers), kind=Kind.ACK)
 
     def _reopen_logs(self) -> None:
         logs.reopen()
