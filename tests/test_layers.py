@@ -40,7 +40,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 TOP = {"__init__.py", "__main__.py"}
 
 # A narrower door between two rooms: the master knows what a worker is and how to become one, nothing inside it.
-DOORS = {("cluster", "worker"): {"prefork.worker.main.run", "prefork.worker.main.Worker"}}
+DOORS = {
+    ("cluster", "worker"): {
+        f"prefork.worker.main.{name}" for name in ("Seat", "Shared", "Worker", "join", "listen", "load_function", "run")
+    }
+}
 
 # Other people's packages, each with its one place. Everything else is the standard library.
 THIRD_PARTY = {

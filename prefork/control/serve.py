@@ -21,7 +21,7 @@ from typing import Any
 from prefork import log as logs
 from prefork.cluster.api import Cluster, the_cluster
 from prefork.cluster.lifecycle import State
-from prefork.cluster.picks import make_pick
+from prefork.cluster.picks import Pick, make_pick
 from prefork.config import Settings
 from prefork.control.place import Stopped, alone, check_place, current_directory, prepare_environment, signals_caught
 from prefork.errors import ConfigError, ImportFailed, ListenError, LoadError, TLSError
@@ -96,15 +96,16 @@ def _start(settings: Settings, cluster: Cluster, inbox: SignalInbox, leave: Exit
         return LOAD_FAILED
     leave.callback(cluster.close)
     _call_hooks(settings.hooks, cluster)
+    pick = _make_pick(settings)
     cluster.setup_master(
         uid=identity,
         sharing=settings.sharing,
-        pick=settings.pick,
+        pick=pick,
         backlog=settings.backlog,
         graceful_timeout=settings.graceful_timeout,
     )
     for asked, listener in listeners:
-        cluster.hold(asked, listener, make_pick(settings.pick))
+        cluster.hold(asked, listener, pick)
     equipment = Equipment(settings, tuple(str(asked) for asked, _ in listeners), tls, application, access_log)
     cluster.keep(
         settings.worker_count,
@@ -118,6 +119,15 @@ def _start(settings: Settings, cluster: Cluster, inbox: SignalInbox, leave: Exit
         _renew_certificates(cluster, tls)
     _settle_memory(leave)
     return cluster.run(inbox)
+
+
+def _make_pick(settings: Settings) -> Pick:
+    pick = make_pick(settings.pick)
+    if pick.needs_head and settings.certfile:
+        raise ConfigError(
+            f"pick {settings.pick!r} wants to see requests and certfile is set: the master cannot read what is encrypted"
+        )
+    return pick
 
 
 def _be_worker(cluster: Cluster, equipment: Equipment) -> int:

@@ -36,6 +36,9 @@ READ_SIZE = 64 * 1024  # bytes
 # fewer as their receivers read, so it is a full buffer by another name, like a kernel short of memory.
 _NOT_NOW = (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM)
 
+# Their bodies are bytes, which the channel neither encodes nor decodes.
+_RAW = frozenset({Kind.HANDOFF, Kind.ACK, Kind.PUBLISH})
+
 # One peer that never stops writing must not keep the loop from all others.
 READS_PER_CALL = 16
 
@@ -45,7 +48,7 @@ class Message:
     """What came out of a channel. The receiver closes *fds*, best with `with message.fds:`."""
 
     kind: Kind
-    body: Any  # what JSON can hold; the bytes as they came for Kind.PUBLISH
+    body: Any  # what JSON can hold; the bytes as they came for kinds in `_RAW`
     fds: Fds = field(default_factory=Fds)
 
 
@@ -89,7 +92,7 @@ class Channel:
         return self._sock.fileno() < 0
 
     def send(self, message: Any, *, kind: Kind = Kind.CONTROL, fds: Sequence[int] = (), keep: bool = False) -> bool:
-        """Send *message* as JSON (bytes as they are for Kind.PUBLISH), or queue it behind what waits; false advises to send no more for now.
+        """Send *message* as JSON (bytes as they are for kinds in `_RAW`), or queue it behind what waits; false advises to send no more for now.
 
         The channel owns *fds* from this call on, even if it raises, and closes them once they have
         left; with *keep* it sends duplicates and the caller's stay his. Raises ChannelClosed, TypeError
@@ -100,7 +103,7 @@ class Channel:
         try:
             self._check_writable()
             _check_open(owned)
-            data = encode(Frame(kind, message if kind is Kind.PUBLISH else _to_json(message), tuple(owned)))
+            data = encode(Frame(kind, message if kind in _RAW else _to_json(message), tuple(owned)))
         except BaseException:
             close_all(owned)
             raise
@@ -237,7 +240,7 @@ def _check_open(fds: list[int]) -> None:
 
 
 def _body(frame: Frame) -> Any:
-    return frame.payload if frame.kind is Kind.PUBLISH else _from_json(frame.payload)
+    return frame.payload if frame.kind in _RAW else _from_json(frame.payload)
 
 
 def _to_json(message: Any) -> bytes:

@@ -697,6 +697,21 @@ class HTTPConnection(asyncio.Protocol):
         return "a client on a unix socket" if self._client is None else f"{self._client[0]} port {self._client[1]}"
 
 
+class BegunConnection(HTTPConnection):
+    """One whose first bytes somebody else has read from the socket."""
+
+    __slots__ = ("_received",)
+
+    def __init__(self, received: bytes, service: Service, accepted: Accepted) -> None:
+        super().__init__(service, accepted)
+        self._received = received
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.data_received(self._received)  # the transport has not begun to read
+        self._received = b""
+
+
 def _gone() -> ClientDisconnected:
     return ClientDisconnected("the client went away before its response was complete")
 

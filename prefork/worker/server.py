@@ -26,7 +26,7 @@ from prefork.net.accepted import Accepted, Acceptor
 from prefork.net.forwarded import Trusted
 from prefork.net.proxy import ProxyHeader
 from prefork.net.tls import TLS
-from prefork.worker.connection import HTTPConnection
+from prefork.worker.connection import BegunConnection, HTTPConnection
 from prefork.worker.deadlines import NEVER, Sweep
 from prefork.worker.greeting import Greeter
 from prefork.worker.service import Service, endpoint
@@ -68,6 +68,7 @@ class Server:
         self._listening: set[Acceptor] = set()
         self._starts: set[Coroutine[Any, Any, Any]] = set()  # of connections without TLS
         self._handshakes: set[asyncio.Task[None]] = set()
+        self._kinds: dict[int, tuple[int, int, int]] = {}  # by index: what sockets the master accepts there
         self._accepts = ACCEPTS_ALONE if is_alone else 1
         self._make = partial(HTTPConnection, service)
         self._begin = self._start if tls is None else self._start_tls
@@ -87,14 +88,35 @@ class Server:
             self._listening.add(acceptor)
             self._loop.add_reader(listening.fileno(), self._accept, acceptor)
 
-    def adopt(self, connection: socket.socket) -> bool:
-        """Serve *connection*. False, and it stays the caller's, while draining."""
+    def adopt(self, connection: socket.socket, received: bytes = b"") -> bool:
+        """Serve *connection*, of which somebody has read *received* already. False, and it stays the caller's, while draining.
+
+        Raises ValueError for *received* where a connection begins with something other than a request.
+        """
+        if received and self._greeter is not None:
+            begins = "TLS" if self._tls is not None else "a PROXY header"
+            raise ValueError(
+                f"{len(received)} bytes of a connection were read, but connections begin with {begins} here, "
+                "which has to be read from the socket itself"
+            )
         if self._service.is_draining:
             return False
         accepted = Accepted.adopt(connection)
         _send_at_once(accepted)
-        self._receive(accepted)
+        if received:
+            self._start(accepted, make=partial(BegunConnection, received, self._service, accepted))
+        else:
+            self._receive(accepted)
         return True
+
+    def take_over(self, descriptor: int, listener: int) -> None:
+        """Serve a connection of the *listener* with that index, which the master has accepted; ours from now on."""
+        kind = self._kinds.get(listener)
+        if kind is None:  # asked once: it costs as much as all the rest
+            with socket.socket(fileno=descriptor) as known:
+                kind = self._kinds[listener] = int(known.family), int(known.type), known.proto
+                known.detach()
+        self._receive(Accepted.take(descriptor, kind))
 
     def stop_accepting(self) -> None:
         """From the next instant on, no connection is accepted, and every answer says `Connection: close`."""
@@ -150,13 +172,18 @@ class Server:
 
     # ---- from a socket to a transport ----
 
-    def _start(self, connection: Accepted, origin: ProxyHeader | None = None) -> None:
+    def _start(
+        self,
+        connection: Accepted,
+        origin: ProxyHeader | None = None,
+        make: Callable[[], HTTPConnection] | None = None,
+    ) -> None:
         """Give *connection* its transport.
 
         The loop's coroutine waits once, for the transport to be ready; a task is not needed to
         tell it so.
         """
-        start = self._loop.connect_accepted_socket(partial(self._make, connection, origin), connection)
+        start = self._loop.connect_accepted_socket(make or partial(self._make, connection, origin), connection)
         try:
             ready = start.send(None)
         except OSError as error:
