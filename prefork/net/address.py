@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from prefork.errors import AddressError
 
-FORMS = "host:port, [ipv6]:port, :port, unix:/path, unix:@name, fd://number or udp://host:port"
+FORMS = "host:port, [ipv6]:port, :port, unix:/path, unix:@name or fd://number"
 
 HIGHEST_PORT = 65535
 # A descriptor is a C int.
