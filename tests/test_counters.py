@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import random
 import signal
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from contextlib import suppress
 from math import inf
 
@@ -23,10 +21,8 @@ from prefork import counters as module
 from prefork.counters import LEAST, MOST, NAME_SIZE, NANO, Counters, Rate
 from prefork.errors import CounterBusy, CounterError, CounterOverflow, PreforkError
 from prefork.scoreboard import ENTRIES, Scoreboard
+from tests.harness.children import CHILD_LIFETIME, Child, in_processes
 from tests.harness.server import ROOT, suspend
-
-# Seconds after which a child that hangs is ended.
-CHILD_LIFETIME = 30
 
 
 @pytest.fixture
@@ -39,42 +35,6 @@ def board():
 @pytest.fixture
 def shared(board):
     return Counters(board)
-
-
-class Child:
-    """A forked process that runs *act* and answers with what it returned, as JSON."""
-
-    def __init__(self, act):
-        reader, writer = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which is one test's subject
-            self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                signal.alarm(CHILD_LIFETIME)
-                os.close(reader)
-                try:
-                    answer = {"returned": act()}
-                except BaseException as error:
-                    answer = {"raised": repr(error)}
-                os.write(writer, json.dumps(answer).encode())
-            finally:
-                os._exit(0)
-        os.close(writer)
-        self._reader = reader
-
-    def result(self):
-        with os.fdopen(self._reader, "rb") as pipe:
-            answer = json.loads(pipe.read() or b'{"raised": "it died"}')
-        os.waitpid(self.pid, 0)
-        assert "raised" not in answer, answer
-        return answer["returned"]
-
-    def kill(self):
-        """With -9, and wait until it is gone."""
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        os.close(self._reader)
 
 
 class Holder(Child):
@@ -106,11 +66,6 @@ class Holder(Child):
     def kill(self):
         super().kill()
         os.close(self._go_on)
-
-
-def in_processes(count, act):
-    """What *act* returned in each of *count* processes that ran at the same time."""
-    return [child.result() for child in [Child(act) for _ in range(count)]]
 
 
 # ---- counters ----
