@@ -115,7 +115,7 @@ def test_descriptor_outlives_the_process_that_sent_it(pair: Pair, in_child: InCh
         reader, writer = os.pipe()
         os.write(writer, b"from the dead")
         os.close(writer)
-        child.send("pipe", kind=Kind.HANDOFF, fds=[reader])
+        child.send(b"pipe", kind=Kind.HANDOFF, fds=[reader])
 
     in_child(send_a_pipe)
     [message] = parent.receive()
