@@ -359,7 +359,7 @@ class Worker:
     def _on_message(self, message: Message) -> None:
         match message.kind:
             case Kind.USER:
-                self._kept.append((message.body, message.take_handle()))
+                self._kept.append((message.body, message.handle))
                 self._give_kept()
             case Kind.PUBLISH:
                 self._subscriptions.deliver(message.body)

@@ -71,6 +71,11 @@ class Subscriptions:
         for subscription in tuple(self._by_topic.get(topic, ())):
             subscription.put(message)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Somebody subscribed."""
+        return bool(self._by_topic)
+
     def close(self) -> None:
         """Nothing more will come: whoever iterates gets what is there, and then the end. The master is not told."""
         for subscriptions in self._by_topic.values():
