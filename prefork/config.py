@@ -115,6 +115,13 @@ class Settings:
         "How workers get connections. inherit: all accept from one socket. reuseport: a socket per worker, spread by "
         "the kernel. handoff: the master accepts and passes each to the worker with the fewest.",
     )
+    accept_gate: bool = _declare(
+        True,
+        Switch(),
+        SERVER,
+        "With --sharing inherit: a worker with more to do than another leaves a new connection to it for up to 3 ms, and "
+        "closes kept-alive ones until it is level. Off: whoever wakes first takes it.",
+    )
     interface: str = _declare(
         "auto",
         Choice("auto", "native", "asgi", "wsgi"),

@@ -59,6 +59,17 @@ class Instant:
 BEGUN = 7
 REQUESTS = 6
 
+# Of the three that workers compare with their siblings'.
+BEAT = 8
+LOAD = 10
+
+# What the load of a worker that accepts has been lowered by. So it is far below zero, and the least of a whole column
+# is the least loaded of those that accept: a slot that is empty, or whose worker leaves, holds zero or a little more.
+ACCEPTING = 1 << 62
+
+# A worker's event loop writes `beat` this often, in seconds.
+BEAT_INTERVAL = 0.1
+
 
 class Slot:
     """What is known of one worker. The comments say who writes the field."""
@@ -75,6 +86,7 @@ class Slot:
     begun = Count(BEGUN)  # worker: requests whose head was read since it started
     beat = Instant(8)  # worker: when its event loop last ran the heartbeat
     lag = Instant(9)  # worker: by how many seconds that heartbeat came too late
+    load = Count(LOAD)  # worker: connections it has taken, greeted or not; minus ACCEPTING while it accepts
 
     def __init__(self, index: int, memory: memoryview) -> None:
         self.index = index
@@ -90,6 +102,10 @@ class Slot:
     def in_flight(self) -> int:
         """Requests without a complete response."""
         return self.begun - self.requests
+
+    def lag_at(self, now: float) -> float:
+        """By how many seconds its event loop is late *now*, which may be more than when it last said so."""
+        return max(self.lag, now - self.beat - BEAT_INTERVAL) if self.beat else 0.0
 
     def reset(self) -> None:
         """Back to zero, for the slot's next process. The last one must have been reaped."""
@@ -110,6 +126,8 @@ class Scoreboard:
             raise ConfigError(f"a scoreboard needs at least 1 slot, not {slots}")
         self._memory = mmap.mmap(-1, slots * SLOT_SIZE)
         self._view = memoryview(self._memory)
+        self._words = self._view.cast("q")
+        self._loads = self._words[LOAD :: SLOT_SIZE // WORD]
         self._slots = [Slot(index, self._view[index * SLOT_SIZE : (index + 1) * SLOT_SIZE]) for index in range(slots)]
 
     def __len__(self) -> int:
@@ -121,10 +139,17 @@ class Scoreboard:
     def __iter__(self) -> Iterator[Slot]:
         return iter(self._slots)
 
+    @property
+    def loads(self) -> memoryview:
+        """The column of `Slot.load`, to be read as a whole: for 8 slots in a quarter of a microsecond, for 1000 in 16."""
+        return self._loads
+
     def close(self) -> None:
         """Unmap this process's view; the other processes keep theirs."""
         for slot in self._slots:
             slot.release()
         self._slots = []
+        self._loads.release()
+        self._words.release()
         self._view.release()
         self._memory.close()

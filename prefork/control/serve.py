@@ -101,7 +101,7 @@ def _start(settings: Settings, cluster: Cluster, inbox: SignalInbox, leave: Exit
         return LOAD_FAILED
     _call_hooks(settings.hooks, cluster)
     board = Scoreboard(max(LEAST_SLOTS, SPARE_FACTOR * settings.worker_count))
-    equipment = Equipment(settings, listeners, identity, tls, application, access_log)
+    equipment = Equipment(settings, listeners, identity, tls, application, access_log, board)
     _settle_memory(leave)
     return cluster.run(_plan(settings, cluster, equipment, board), inbox)
 

@@ -41,7 +41,9 @@ from prefork.net.tls import PEM, TLS
 from prefork.process.identity import Identity, end_with_parent
 from prefork.process.status import BOOT_FAILED, LOAD_FAILED
 from prefork.protocol.limits import Limits
-from prefork.scoreboard import Slot
+from prefork.scoreboard import Scoreboard, Slot
+from prefork.worker.gate import Gate
+from prefork.worker.heartbeat import Heartbeat
 from prefork.worker.loop import loop_factory, loop_name
 from prefork.worker.server import Server
 from prefork.worker.service import Service, Timeouts
@@ -111,6 +113,7 @@ class Equipment:
     tls: TLS | None
     application: Application | None  # None: to be loaded by the worker itself
     access_log: AccessLog | None
+    board: Scoreboard
 
 
 class BootFailed(Exception):
@@ -251,7 +254,10 @@ class Serving:
         settings = self._equipment.settings
         proxies = Trusted.parse(settings.proxy_allow_ips) if settings.proxy_protocol else None
         is_alone = settings.workers == 1 or settings.sharing == "reuseport"
-        self._server = Server(self._make_service(), self._equipment.tls, proxies, is_alone=is_alone)
+        service = self._make_service()
+        gate = self._make_gate(service)
+        self._heartbeat = Heartbeat(self._loop, self._slot, None if gate is None else gate.survey)
+        self._server = Server(service, self._equipment.tls, proxies, is_alone=is_alone, gate=gate)
         sockets = [
             listener.socket_for(self._worker.slot)
             for listener in self._equipment.listeners
@@ -263,6 +269,23 @@ class Serving:
             raise BootFailed(f"cannot accept connections: {error}", "", BOOT_FAILED) from error
         if not self._leaving.is_set():
             self._channel.send({"type": "listening", "application": self._describe_application()})
+
+    def _make_gate(self, service: Service) -> Gate | None:
+        """None where nobody else accepts from our sockets, or it is not wanted."""
+        settings, threads = self._equipment.settings, self._threads
+        if not settings.accept_gate or settings.sharing != "inherit" or settings.worker_count == 1:
+            return None
+        gate = Gate(
+            self._loop,
+            self._equipment.board,
+            self._slot,
+            workers=settings.worker_count,
+            is_full=threads.is_full if threads is not None else lambda: False,
+            set_shedding=service.set_shedding,
+        )
+        if threads is not None:
+            threads.on_room = gate.on_room
+        return gate
 
     def _make_service(self) -> Service:
         settings = self._equipment.settings
