@@ -124,6 +124,13 @@ class Settings:
         "worker for the same client address, or the same value of a header or cookie of the connection's first request. "
         "MODULE:FUNCTION: it is called with the connection and the workers that have room, and returns one of them.",
     )
+    accept_gate: bool = _declare(
+        True,
+        Switch(),
+        SERVER,
+        "With --sharing inherit: a worker with more to do than another leaves a new connection to it for up to 3 ms, and "
+        "closes kept-alive ones until it is level. Off: whoever wakes first takes it.",
+    )
     interface: str = _declare(
         "auto",
         Choice("auto", "native", "asgi", "wsgi"),

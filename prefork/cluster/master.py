@@ -388,7 +388,7 @@ class Master:
 
     def _forget(self, handle: WorkerHandle) -> None:
         del self._workers[handle.id]
-        handle.stats.pid = 0
+        handle.stats.pid = handle.stats.load = 0  # nobody is to wait for it
         self.dispatcher.lose(handle)
         self.listeners.leave(handle)
         handle.close()

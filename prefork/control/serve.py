@@ -106,7 +106,8 @@ def _start(settings: Settings, cluster: Cluster, inbox: SignalInbox, leave: Exit
     )
     for asked, listener in listeners:
         cluster.hold(asked, listener, pick)
-    equipment = Equipment(settings, tuple(str(asked) for asked, _ in listeners), tls, application, access_log)
+    bind = tuple(str(asked) for asked, _ in listeners)
+    equipment = Equipment(settings, bind, tls, application, access_log, is_alone=settings.worker_count == 1)
     cluster.keep(
         settings.worker_count,
         _be_worker,

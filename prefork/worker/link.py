@@ -389,7 +389,7 @@ class Worker:
         while self._kept and self._emitter.listeners("message"):
             self._emitter.emit("message", *self._kept.popleft())
 
-    def _send_about_topics(self, body: Any, kind: Kind) -> bool:
+    def _send_about_topics(self, body: Any, /, *, kind: Kind = Kind.CONTROL) -> bool:
         return self._way_out.send(body, kind=kind)
 
     def _on_end(self) -> None:

@@ -31,6 +31,8 @@ from prefork.net.forwarded import Forwarding, Trusted
 from prefork.net.tls import PEM, RENEWAL_INTERVAL, TLS, TLSFiles
 from prefork.process.status import BOOT_FAILED, LOAD_FAILED
 from prefork.protocol.limits import Limits
+from prefork.worker.gate import Gate
+from prefork.worker.heartbeat import Heartbeat
 from prefork.worker.link import Shared, Worker
 from prefork.worker.loop import loop_factory, loop_name
 from prefork.worker.server import Server
@@ -60,6 +62,7 @@ class Equipment:
     tls: TLS | None
     application: Application | None  # None: to be loaded by the worker itself
     access_log: AccessLog | None
+    is_alone: bool = False  # there is one worker, and will be: nobody else accepts from its sockets
     renews_tls: bool = False  # by itself; otherwise the master tells what the changed files hold
 
 
@@ -219,8 +222,11 @@ class Serving:
     def _listen(self) -> None:
         settings = self._equipment.settings
         proxies = Trusted.parse(settings.proxy_allow_ips) if settings.proxy_protocol else None
-        is_alone = settings.workers == 1 or settings.sharing == "reuseport"
-        self._server = Server(self._make_service(), self._equipment.tls, proxies, is_alone=is_alone)
+        service = self._make_service()
+        gate = self._make_gate(service)
+        is_alone = self._equipment.is_alone or settings.sharing == "reuseport"
+        self._heartbeat = Heartbeat(self._loop, self._slot, None if gate is None else gate.survey)
+        self._server = Server(service, self._equipment.tls, proxies, is_alone=is_alone, gate=gate)
         if self._leaving.is_set():
             return
         try:
@@ -232,6 +238,23 @@ class Serving:
         if self._equipment.tls is not None and self._equipment.renews_tls:
             self._loop.call_later(RENEWAL_INTERVAL, self._look_for_certificates)
         self._worker.tell_listening(self._shared, self._describe_application())
+
+    def _make_gate(self, service: Service) -> Gate | None:
+        """None where nobody else accepts from our sockets, or it is not wanted."""
+        settings, threads = self._equipment.settings, self._threads
+        if not settings.accept_gate or settings.sharing != "inherit" or self._equipment.is_alone:
+            return None
+        gate = Gate(
+            self._loop,
+            self._worker.board,
+            self._slot,
+            workers=settings.worker_count,
+            is_full=threads.is_full if threads is not None else lambda: False,
+            set_shedding=service.set_shedding,
+        )
+        if threads is not None:
+            threads.on_room = gate.on_room
+        return gate
 
     def _make_service(self) -> Service:
         settings = self._equipment.settings

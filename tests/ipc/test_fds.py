@@ -64,7 +64,9 @@ def test_as_many_as_are_allowed_fit_into_one_message(pair: Pair):
     fds.close_all([reader, *writers, *came])
 
 
-@pytest.mark.parametrize("receive", [fds.receive, lambda sock, size: fds.receive_into(sock, memoryview(bytearray(size)))])
+@pytest.mark.parametrize(
+    "receive", [fds.receive, lambda sock, size: fds.receive_into(sock, memoryview(bytearray(size)))]
+)
 def test_truncated_descriptors_are_told_and_those_that_came_are_closed(pair: Pair, receive: Any):
     """Some are lost already; keeping the others would give them to the wrong frame."""
     reader, writers = write_ends(MAX_FDS + 4)
