@@ -444,7 +444,7 @@ class Channel:
             raise FrameError("the other side sent a pickle, and this channel's serialization is json")
         try:
             return from_pickle(payload)
-        except Exception as exc:  # noqa: BLE001 - the application's objects raise what they like
+        except Exception as exc:
             log.exception("a message of %d bytes is dropped: it cannot be unpickled", len(payload))
             raise _Unreadable from exc
 
