@@ -28,6 +28,7 @@ from prefork.kinds import (
     Listed,
     Mode,
     Peer,
+    Picking,
     Seconds,
     Several,
     Size,
@@ -114,6 +115,21 @@ class Settings:
         SERVER,
         "How workers get connections. inherit: all accept from one socket. reuseport: a socket per worker, spread by "
         "the kernel. handoff: the master accepts and passes each to the worker with the fewest.",
+    )
+    pick: Any = _declare(
+        "least_connections",
+        Picking(),
+        SERVER,
+        "Who gets a connection under --sharing handoff. least_busy looks at event loops and requests in flight. sticky: the same "
+        "worker for the same client address, or the same value of a header or cookie of the connection's first request. "
+        "MODULE:FUNCTION: it is called with the connection and the workers that have room, and returns one of them.",
+    )
+    accept_gate: bool = _declare(
+        True,
+        Switch(),
+        SERVER,
+        "With --sharing inherit: a worker with more to do than another leaves a new connection to it for up to 3 ms, and "
+        "closes kept-alive ones until it is level. Off: whoever wakes first takes it.",
     )
     interface: str = _declare(
         "auto",
@@ -426,6 +442,27 @@ def _check(settings: Settings) -> None:
             raise ConfigError(f"bind names {address!r} twice")
     _check_tls(settings)
     _check_proxies(settings)
+    _check_pick(settings)
+
+
+def _check_pick(settings: Settings) -> None:
+    pick = settings.pick
+    if pick == SETTINGS["pick"].default:
+        return
+    if settings.sharing != "handoff":
+        raise ConfigError(
+            f"pick is {pick!r} and sharing is {settings.sharing!r}: only with handoff is there somebody who picks"
+        )
+    if not isinstance(pick, str) or not pick.startswith("sticky"):
+        return
+    if settings.certfile and pick != "sticky:ip":
+        raise ConfigError(
+            f"pick is {pick!r} and certfile is set: the master cannot read what is encrypted, only sticky:ip can be"
+        )
+    if settings.proxy_protocol:
+        raise ConfigError(
+            f"pick is {pick!r} and proxy_protocol is set: the master sees the proxy's address, and no request before its header"
+        )
 
 
 def _check_proxies(settings: Settings) -> None:

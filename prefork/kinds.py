@@ -59,6 +59,25 @@ class Application(Text):
         return super().read(value)
 
 
+class Picking(Text):
+    """Who chooses the worker for a connection: a word, `module:function`, or from Python the function itself."""
+
+    words = ("least_connections", "round_robin", "least_busy", "sticky:ip")
+
+    def __init__(self) -> None:
+        kinds = (*self.words, "sticky:header:NAME", "sticky:cookie:NAME", "MODULE:FUNCTION")
+        name = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+        function = r"(?!sticky:)[^\s:]+:[^\s:]+"
+        super().__init__(
+            "|".join(kinds),
+            "one of " + ", ".join(kinds),
+            "|".join((*self.words, f"sticky:(header|cookie):{name}", function)),
+        )
+
+    def read(self, value: Any) -> Any:
+        return value if callable(value) or hasattr(value, "choose") else super().read(value)
+
+
 class Header(Text):
     """The value of a header, none for "off"."""
 

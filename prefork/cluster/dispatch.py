@@ -1,222 +1,353 @@
-"""Handoff: the master accepts, and gives each connection to the least loaded worker.
+"""Handoff: the master accepts, and gives each connection to the worker that its listener's pick chooses.
 
 Load is counted without asking anybody: the master knows how many connections it
-gave to a slot, the slot's worker writes into the scoreboard how many of them it
-has closed. The difference is exact at every instant, also while connections are
-still on their way.
+gave to a worker, the worker writes into the scoreboard how many of them it has closed.
+The difference is exact at every instant, also while connections are still on their way.
 
 The master keeps its copy of a connection until the worker says "accepted". A
 worker that dies first, or refuses because it drains, costs the client nothing: the
 same connection goes to the next worker.
+
+What comes in one turn of the reactor is placed first, connection by connection, and sent
+then: one message for several connections of the same worker.
 """
 
 from __future__ import annotations
 
-import errno
-import itertools
 import logging
+import os
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import groupby
+from operator import attrgetter
 
 from prefork.cluster.handles import WorkerHandle
+from prefork.cluster.peek import Peeks
+from prefork.cluster.picks import Candidate, Offer, Pick
+from prefork.cluster.reactor import Reactor
 from prefork.errors import ChannelClosed, reason_of
-from prefork.ipc.frames import Kind
-from prefork.scoreboard import Scoreboard
+from prefork.ipc.frames import MAX_FDS, Kind
+from prefork.ipc.handoff import Verdict, decode_answer, encode_offers
 
 log = logging.getLogger("prefork")
-
-# Connections given to one worker and not acknowledged. A worker that is slow to take them
-# leaves the rest to the kernel's backlog, which is made for waiting; a socket buffer full of
-# descriptors is not (net.core.wmem_default holds some hundred messages).
-MOST_UNACKNOWLEDGED = 64
 
 # Accepts in one turn of the master, so that a flood of connections does not keep it from its workers.
 ACCEPT_BUDGET = 64
 
-# Out of descriptors or memory: try again after this many seconds, as asyncio does.
+# Connections of one listener that wait for the one worker they can go to. Beyond it the backlog
+# holds the clients, also those of other workers: nobody can tell them apart there.
+MOST_WAITING = 256
+
+# Out of descriptors, here or in a worker, or accept(2) fails for another reason: try again after this many seconds, as asyncio does.
 PAUSE = 1.0
-OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A connection on its way to a worker."""
-
-    number: int
-    connection: socket.socket
-    listener: int  # index: the worker wants to know by which door it came
-
-
-@dataclass(slots=True)
-class Candidate:
-    """What is counted for one worker."""
-
-    handle: WorkerHandle
-    given: int = 0  # connections, since it was forked
-    last_turn: int = 0  # when it was last given one: breaks ties in turn
-    unacknowledged: dict[int, Offer] = field(default_factory=dict)
 
 
 class Dispatcher:
     """Gives connections to workers until they are acknowledged."""
 
-    def __init__(self, board: Scoreboard, call_later: _Later) -> None:
-        self._board = board
-        self._call_later = call_later
-        self._candidates: dict[int, Candidate] = {}  # by worker id; only those that listen
-        self._leaving: dict[int, Candidate] = {}  # no longer chosen, but offers are still with them
-        self._waiting: list[Offer] = []  # taken back while there was nobody to give them to
+    def __init__(self, reactor: Reactor) -> None:
+        self.reactor = reactor
+        self.is_paused = False  # out of descriptors: nothing is accepted, and the waiting go on waiting
+        self._doors: dict[int, Door] = {}  # by the listener's index
+        self._candidates: dict[int, Candidate] = {}  # by worker id; also those that are chosen no more
         self._numbers = 0  # of offers
         self._turns = 0  # connections given, those given again included
-        self._is_paused = False  # out of descriptors: the waiting go on waiting
 
-    @property
-    def can_take(self) -> bool:
-        """Whether there is a worker with room for another connection."""
-        return not self._is_paused and any(
-            len(c.unacknowledged) < MOST_UNACKNOWLEDGED for c in self._candidates.values()
-        )
+    # ---- listeners ----
 
-    def join(self, handle: WorkerHandle) -> None:
-        """*handle* listens: it may be chosen from now on."""
-        self._candidates[handle.id] = Candidate(handle)
-        self._give_waiting()
+    def open(self, index: int, listening: socket.socket, pick: Pick) -> None:
+        """Accept from *listening*, ours from now on, and give to whom *pick* chooses of those that join."""
+        self._doors[index] = door = Door(self, index, listening, pick)
+        self.reactor.add(door)
 
-    def leave(self, handle: WorkerHandle) -> None:
-        """*handle* drains: it is chosen no more, what it was given it may still take."""
-        candidate = self._candidates.pop(handle.id, None)
-        if candidate is not None:
-            self._leaving[handle.id] = candidate
+    def shut(self, index: int) -> None:
+        """Close the listening socket, and what it brought and no worker has got. May be repeated."""
+        door = self._doors.pop(index, None)
+        if door is not None:
+            self.reactor.remove(door)
+            door.close()
+
+    # ---- workers ----
+
+    def join(self, handle: WorkerHandle, index: int) -> None:
+        """*handle* listens on that listener: it may be chosen from now on."""
+        candidate = self._candidates.setdefault(handle.id, Candidate(handle))
+        self._doors[index].candidates[handle.id] = candidate
+        self.give()
+
+    def leave(self, handle: WorkerHandle, index: int | None = None) -> None:
+        """*handle* drains, or does not listen there any more: it is not chosen, what it was given it may still take."""
+        for door in self._doors.values() if index is None else self._at(index):
+            door.candidates.pop(handle.id, None)
+        self.give()  # some may have waited for it
 
     def lose(self, handle: WorkerHandle) -> None:
         """*handle* is dead: what it has not acknowledged goes to others."""
-        self.leave(handle)
-        candidate = self._leaving.pop(handle.id, None)
+        candidate = self._candidates.pop(handle.id, None)
+        for door in self._doors.values():
+            door.candidates.pop(handle.id, None)
         if candidate is not None:
-            self._waiting.extend(candidate.unacknowledged.values())
-            self._give_waiting()
+            self._take_back(candidate, list(candidate.unacknowledged.values()))
+        self.give()
 
-    def offer(self, connection: socket.socket, listener: int) -> None:
-        """Give a newly accepted connection to a worker; ours from now on."""
-        self._numbers += 1
-        self._waiting.append(Offer(self._numbers, connection, listener))
-        self._give_waiting()
+    def hear(self, handle: WorkerHandle, body: bytes) -> None:
+        """The body of an ACK. Raises FrameError."""
+        verdict, numbers = decode_answer(body)
+        self._settle(handle, numbers, verdict)
+        self.give()
 
-    def settle(self, handle: WorkerHandle, number: int, accepted: bool) -> None:
-        """The worker's answer to an offer."""
-        candidate = self._candidates.get(handle.id) or self._leaving.get(handle.id)
-        if candidate is None:
-            return
-        offer = candidate.unacknowledged.pop(number, None)
-        if offer is None:
-            return
-        if accepted:
-            offer.connection.close()
-        else:
-            candidate.given -= 1
-            self._waiting.append(offer)
-        self._give_waiting()
+    def settle(self, handle: WorkerHandle, number: int, accepted: bool, is_exhausted: bool = False) -> None:
+        """A worker's answer to one offer: *is_exhausted* if it had no descriptor for it."""
+        verdict = Verdict.EXHAUSTED if is_exhausted else Verdict.ACCEPTED if accepted else Verdict.REFUSED
+        self._settle(handle, (number,), verdict)
+        self.give()
 
     def close(self) -> None:
-        """Close our copies of what is not settled: at the end, and in a newly forked child.
+        """Close the doors, and our copies of what is not settled: at the end, and in a newly forked child.
 
         A copy left in a child would keep the connection open after its worker has closed it, and
         the client would wait for the end until that child ends.
         """
-        given = (offer for c in self._all_candidates() for offer in c.unacknowledged.values())
-        for offer in (*given, *self._waiting):
-            offer.connection.close()
-        self._waiting.clear()
+        for index in list(self._doors):
+            self.shut(index)
+        for candidate in self._candidates.values():
+            _close(candidate.unacknowledged.values())
+            candidate.unacknowledged.clear()
+        self._candidates.clear()
 
-    def load(self, candidate: Candidate) -> int:
-        """Open connections of a worker, those on their way included."""
-        return candidate.given - self._board[candidate.handle.slot].closed
+    # ---- for the doors ----
 
-    def _all_candidates(self) -> Iterator[Candidate]:
-        return itertools.chain(self._candidates.values(), self._leaving.values())
+    def number(self) -> int:
+        """For a new offer."""
+        self._numbers += 1
+        return self._numbers
 
-    def _choose(self) -> Candidate | None:
-        """The worker with the fewest connections; among equals the one whose turn is longest ago."""
-        free = [c for c in self._candidates.values() if len(c.unacknowledged) < MOST_UNACKNOWLEDGED]
-        return min(free, key=lambda c: (self.load(c), c.last_turn), default=None)
+    def place(self, offer: Offer, candidate: Candidate) -> None:
+        """*candidate* is to get *offer* with the next `give`."""
+        candidate.unacknowledged[offer.number] = offer
+        candidate.placed.append(offer)
+        candidate.given += 1
+        self._turns += 1
+        candidate.last_turn = self._turns
 
-    def _give_waiting(self) -> None:
-        while self._waiting and not self._is_paused:
-            candidate = self._choose()
-            if candidate is None:
-                return
-            offer = self._waiting[0]
-            try:
-                candidate.handle.channel.send(
-                    [offer.number, offer.listener], kind=Kind.HANDOFF, fds=[offer.connection.fileno()], keep=True
-                )
-            except ChannelClosed as error:  # it is dead, which its pidfd will tell
-                log.debug("%s cannot be given a connection: %s", candidate.handle.describe(), error)
-                self.leave(candidate.handle)
-                continue
-            except OSError as error:
-                # No descriptor is left for the copy that is sent. No fault of the worker's, and no other would do.
-                log.error("cannot give a connection away: %s; trying again in %g s", reason_of(error), PAUSE)
-                self._is_paused = True
-                self._call_later(PAUSE, self._resume)
-                return
-            del self._waiting[0]
-            candidate.unacknowledged[offer.number] = offer
-            candidate.given += 1
-            self._turns += 1
-            candidate.last_turn = self._turns
+    def give(self) -> None:
+        """Place all that waits and send it, until there is nothing more to be done."""
+        is_done = False
+        while not (is_done or self.is_paused):
+            for door in list(self._doors.values()):  # a user's pick may shut one
+                door.place_waiting()
+            # A failed send puts back what it was to send.
+            is_done = True
+            for candidate in list(self._candidates.values()):
+                if candidate.placed and not self._send_placed(candidate):
+                    is_done = False
+
+    def pause(self, what: str, error: OSError) -> None:
+        """Nearly always it is that no descriptor is left. No worker's fault, and no other would do."""
+        if not self.is_paused:
+            log.error("cannot %s: %s; trying again in %g s", what, reason_of(error), PAUSE)
+            self.is_paused = True
+            self.reactor.call_later(PAUSE, self._resume)
 
     def _resume(self) -> None:
-        self._is_paused = False
-        self._give_waiting()
+        self.is_paused = False
+        self.give()
+
+    # ---- the rest ----
+
+    def _at(self, index: int) -> list[Door]:
+        return [self._doors[index]] if index in self._doors else []
+
+    def _send_placed(self, candidate: Candidate) -> bool:
+        """False if some could not be sent."""
+        placed, candidate.placed = candidate.placed, []
+        unsent = deque(_batches(placed))
+        try:
+            while unsent:
+                batch = unsent[0]
+                candidate.handle.channel.send(
+                    encode_offers(batch[0].door, [offer.number for offer in batch]),
+                    kind=Kind.HANDOFF,
+                    fds=[offer.descriptor for offer in batch],
+                    keep=True,
+                )
+                unsent.popleft()
+        except ChannelClosed as error:  # it is dead, which its pidfd will tell
+            log.debug("%s cannot be given a connection: %s", candidate.handle.describe(), error)
+            for door in self._doors.values():
+                door.candidates.pop(candidate.handle.id, None)
+        except OSError as error:  # no descriptor is left for the copy that is sent
+            self.pause("give a connection away", error)
+        if unsent:
+            self._take_back(candidate, [offer for batch in unsent for offer in batch])
+        return not unsent
+
+    def _settle(self, handle: WorkerHandle, numbers: Iterable[int], verdict: Verdict) -> None:
+        candidate = self._candidates.get(handle.id)
+        if candidate is None:
+            return
+        unacknowledged = candidate.unacknowledged
+        offers = [unacknowledged[number] for number in numbers if number in unacknowledged]
+        match verdict:
+            case Verdict.ACCEPTED:
+                for offer in offers:
+                    del unacknowledged[offer.number]
+                    os.close(offer.descriptor)
+            case Verdict.REFUSED:
+                # Most likely the master knows already that it left. To offer it the same again would never end.
+                for offer in offers:
+                    for door in self._at(offer.door):
+                        door.candidates.pop(handle.id, None)
+                self._take_back(candidate, offers)
+            case Verdict.EXHAUSTED:
+                self._spare(candidate)
+                self._take_back(candidate, offers)
+
+    def _spare(self, candidate: Candidate) -> None:
+        """It has no descriptors: give it nothing for a while."""
+        if candidate.is_exhausted:
+            return
+        candidate.is_exhausted = True
+        log.error("%s is out of descriptors: it is given no connections for %g s", candidate.handle.describe(), PAUSE)
+
+        def try_again() -> None:
+            candidate.is_exhausted = False
+            self.give()
+
+        self.reactor.call_later(PAUSE, try_again)
+
+    def _take_back(self, candidate: Candidate, offers: list[Offer]) -> None:
+        """What *candidate* did not get waits again, in front of what came later."""
+        candidate.given -= len(offers)
+        for offer in reversed(offers):
+            del candidate.unacknowledged[offer.number]
+            if offer.door in self._doors:
+                self._doors[offer.door].waiting.appendleft(offer)
+            else:
+                os.close(offer.descriptor)
 
 
-class _Later(Protocol):
-    def __call__(self, delay: float, call: Callable[[], None], /) -> object: ...
-
-
-class Acceptor:
-    """A listening socket whose connections the dispatcher gives away."""
+class Door:
+    """A listening socket, as a source of the reactor, with those that came by it and those that may get them."""
 
     wants_write = False
 
-    def __init__(self, listening: socket.socket, index: int, dispatcher: Dispatcher, call_later: _Later) -> None:
-        self._socket = listening
-        self._index = index
+    def __init__(self, dispatcher: Dispatcher, index: int, listening: socket.socket, pick: Pick) -> None:
+        listening.setblocking(False)
+        if listening.family != socket.AF_UNIX:  # inherited by what is accepted; see worker.server
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.candidates: dict[int, Candidate] = {}  # by worker id
+        self.waiting: deque[Offer] = deque()
         self._dispatcher = dispatcher
-        self._call_later = call_later
-        self._is_paused = False
+        self._index = index
+        self._listening = listening
+        self._name = listening.getsockname()
+        self._pick = pick
+        kind = int(listening.family), int(listening.type), listening.proto
+        self._peeks = Peeks(dispatcher.reactor, pick, kind, self._on_seen) if pick.needs_head else None
 
     def fileno(self) -> int:
-        return self._socket.fileno()
+        return self._listening.fileno()
 
     @property
     def wants_read(self) -> bool:
         """With no worker to take a connection, the kernel's backlog holds the clients."""
-        return not self._is_paused and self._dispatcher.can_take
+        return self._room > 0
 
     def on_readable(self) -> None:
-        for _ in range(ACCEPT_BUDGET):
-            if not self._dispatcher.can_take:
-                return
-            try:
-                connection, _peer = self._socket.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return  # the queue is empty, or the client left it: the next turn tells
-            except OSError as error:
-                if error.errno not in OUT_OF_RESOURCES:
-                    raise
-                log.error("cannot accept a connection: %s; trying again in %g s", reason_of(error), PAUSE)
-                self._is_paused = True
-                self._call_later(PAUSE, self._resume)
-                return
-            connection.setblocking(False)
-            self._dispatcher.offer(connection, self._index)
+        for _ in range(min(self._room, ACCEPT_BUDGET)):
+            if not self._accept():
+                break
+        self._dispatcher.give()
 
     def on_writable(self) -> None:
         raise AssertionError("a listening socket is never written")
 
-    def _resume(self) -> None:
-        self._is_paused = False
+    def place_waiting(self) -> None:
+        """Have a worker chosen for each that waits, as far as there is room."""
+        if self.waiting:
+            if self._pick.is_patient:
+                self._place_each()
+            else:
+                self._place_in_turn()
+
+    def close(self) -> None:
+        self._listening.close()
+        _close(self.waiting)
+        self.waiting.clear()
+        if self._peeks is not None:
+            _close(self._peeks.close())
+
+    @property
+    def _room(self) -> int:
+        """Connections that can be accepted now."""
+        if self._dispatcher.is_paused:
+            return 0
+        room = sum([candidate.room for candidate in self.candidates.values()])
+        if self._pick.is_patient:
+            room = min(room, MOST_WAITING - len(self.waiting))
+        elif self.waiting:
+            return 0
+        return room if self._peeks is None else min(room, self._peeks.room)
+
+    def _accept(self) -> bool:
+        """False if there is no more to accept now."""
+        try:
+            descriptor, peer = self._listening._accept()  # type: ignore[attr-defined] # without an object for each
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return False  # the queue is empty, or the client left it: the next turn tells
+        except OSError as error:
+            self._dispatcher.pause("accept a connection", error)
+            return False
+        client = peer[:2] if isinstance(peer, tuple) else None
+        offer = Offer(self._dispatcher.number(), descriptor, self._index, client, self._name)
+        if self._peeks is None or self._peeks.add(offer):
+            self._keep(offer)
+        return True
+
+    def _on_seen(self, offer: Offer) -> None:
+        self._keep(offer)
+        self._dispatcher.give()
+
+    def _keep(self, offer: Offer) -> None:
+        if offer.is_gone:
+            os.close(offer.descriptor)
+        else:
+            self.waiting.append(offer)
+
+    def _place_in_turn(self) -> None:
+        free = [candidate for candidate in self.candidates.values() if candidate.room > 0]
+        while self.waiting and free:
+            offer = self.waiting.popleft()
+            chosen = self._pick.choose(offer, free)
+            self._dispatcher.place(offer, chosen)
+            if not chosen.room:
+                free.remove(chosen)
+
+    def _place_each(self) -> None:
+        """The first one's worker may have no room, and the second one's may."""
+        candidates = list(self.candidates.values())
+        if not candidates:
+            return
+        waiting, self.waiting = self.waiting, deque()
+        for offer in waiting:
+            chosen = self._pick.choose(offer, candidates)
+            if chosen.room > 0:
+                self._dispatcher.place(offer, chosen)
+            else:
+                self.waiting.append(offer)
+
+
+def _batches(offers: list[Offer]) -> Iterator[list[Offer]]:
+    """What can be sent as one message each: connections of one listener, no more than may ride together."""
+    for _, of_one_door in groupby(offers, attrgetter("door")):
+        together = list(of_one_door)
+        yield from (together[at : at + MAX_FDS] for at in range(0, len(together), MAX_FDS))
+
+
+def _close(offers: Iterable[Offer]) -> None:
+    for offer in offers:
+        with suppress(OSError):  # the descriptor is free all the same
+            os.close(offer.descriptor)

@@ -31,14 +31,19 @@ class Accepted(socket.socket):
     @classmethod
     def adopt(cls, connection: socket.socket) -> Accepted:
         """Take over *connection*, which another process has accepted."""
-        family = int(connection.family)
-        accepted = cls(family, int(connection.type), connection.proto, connection.detach())
+        kind = int(connection.family), int(connection.type), connection.proto
+        return cls.take(connection.detach(), kind)
+
+    @classmethod
+    def take(cls, descriptor: int, kind: tuple[int, int, int]) -> Accepted:
+        """The same, for a descriptor; *kind*: its family, type and protocol."""
+        accepted = cls(*kind, descriptor)
         accepted.setblocking(False)
         accepted.local = None
         try:
             accepted.peer = accepted.getpeername()
         except OSError:
-            accepted.peer = "" if family == socket.AF_UNIX else NOBODY
+            accepted.peer = "" if kind[0] == socket.AF_UNIX else NOBODY
         return accepted
 
 

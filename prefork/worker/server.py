@@ -26,8 +26,9 @@ from prefork.net.accepted import Accepted, Acceptor
 from prefork.net.forwarded import Trusted
 from prefork.net.proxy import ProxyHeader
 from prefork.net.tls import TLS
-from prefork.worker.connection import HTTPConnection
+from prefork.worker.connection import BegunConnection, HTTPConnection
 from prefork.worker.deadlines import NEVER, Sweep
+from prefork.worker.gate import Gate
 from prefork.worker.greeting import Greeter
 from prefork.worker.service import Service, endpoint
 
@@ -56,18 +57,26 @@ class Server:
     """Serves one worker's connections from `open` to the end of `drain`."""
 
     def __init__(
-        self, service: Service, tls: TLS | None, proxies: Trusted | None = None, *, is_alone: bool = False
+        self,
+        service: Service,
+        tls: TLS | None,
+        proxies: Trusted | None = None,
+        *,
+        is_alone: bool = False,
+        gate: Gate | None = None,
     ) -> None:
         """*proxies*: who must begin a connection with a PROXY header; None, and nobody may.
 
-        *is_alone*: nobody else accepts from our sockets.
+        *is_alone*: nobody else accepts from our sockets. *gate*: who says when to accept; None, and it is at once.
         """
         self._service = service
+        self._gate = service.gate = gate
         self._loop = service.loop
         self._tls = tls
         self._listening: set[Acceptor] = set()
         self._starts: set[Coroutine[Any, Any, Any]] = set()  # of connections without TLS
         self._handshakes: set[asyncio.Task[None]] = set()
+        self._kinds: dict[int, tuple[int, int, int]] = {}  # by index: what sockets the master accepts there
         self._accepts = ACCEPTS_ALONE if is_alone else 1
         self._make = partial(HTTPConnection, service)
         self._begin = self._start if tls is None else self._start_tls
@@ -85,24 +94,49 @@ class Server:
             _send_at_once(listening)  # inherited by what is accepted
             acceptor = Acceptor(listening)
             self._listening.add(acceptor)
-            self._loop.add_reader(listening.fileno(), self._accept, acceptor)
+            self._watch(acceptor)
 
-    def adopt(self, connection: socket.socket) -> bool:
-        """Serve *connection*. False, and it stays the caller's, while draining."""
+    def adopt(self, connection: socket.socket, received: bytes = b"") -> bool:
+        """Serve *connection*, of which somebody has read *received* already. False, and it stays the caller's, while draining.
+
+        Raises ValueError for *received* where a connection begins with something other than a request.
+        """
+        if received and self._greeter is not None:
+            begins = "TLS" if self._tls is not None else "a PROXY header"
+            raise ValueError(
+                f"{len(received)} bytes of a connection were read, but connections begin with {begins} here, "
+                "which has to be read from the socket itself"
+            )
         if self._service.is_draining:
             return False
         accepted = Accepted.adopt(connection)
         _send_at_once(accepted)
+        if received:
+            self._start(accepted, make=partial(BegunConnection, received, self._service, accepted))
+        else:
+            self._receive(accepted)
+        self._service.slot.load += 1
         self._receive(accepted)
         return True
 
+    def take_over(self, descriptor: int, listener: int) -> None:
+        """Serve a connection of the *listener* with that index, which the master has accepted; ours from now on."""
+        kind = self._kinds.get(listener)
+        if kind is None:  # asked once: it costs as much as all the rest
+            with socket.socket(fileno=descriptor) as known:
+                kind = self._kinds[listener] = int(known.family), int(known.type), known.proto
+                known.detach()
+        self._receive(Accepted.take(descriptor, kind))
+
     def stop_accepting(self) -> None:
         """From the next instant on, no connection is accepted, and every answer says `Connection: close`."""
-        self._service.is_draining = True
+        self._service.drain()
+        if self._gate is not None:
+            self._gate.close()
         while self._listening:
-            listening = self._listening.pop().socket
-            self._loop.remove_reader(listening.fileno())
-            listening.close()
+            acceptor = self._listening.pop()
+            self._unwatch(acceptor)
+            acceptor.socket.close()
 
     async def drain(self, timeout: float) -> None:
         """Accept nothing more, finish what is in flight for up to *timeout* seconds, cut off the rest."""
@@ -124,6 +158,19 @@ class Server:
 
     # ---- accepting ----
 
+    def _watch(self, acceptor: Acceptor) -> None:
+        """Accept when there is something to accept, or when the gate says so."""
+        if self._gate is None:
+            self._loop.add_reader(acceptor.socket.fileno(), self._accept, acceptor)
+        else:
+            self._gate.watch(acceptor.socket.fileno(), partial(self._accept_one, acceptor))
+
+    def _unwatch(self, acceptor: Acceptor) -> None:
+        if self._gate is None:
+            self._loop.remove_reader(acceptor.socket.fileno())
+        else:
+            self._gate.unwatch(acceptor.socket.fileno())
+
     def _accept(self, acceptor: Acceptor) -> None:
         """With siblings, one connection per turn of the loop: a busy worker leaves the rest of the queue to them."""
         for _ in range(self._accepts):
@@ -131,32 +178,38 @@ class Server:
                 return
 
     def _accept_one(self, acceptor: Acceptor) -> bool:
-        """False if there is no more to accept now."""
+        """False if there is nothing to accept now."""
         try:
             connection = acceptor.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return False  # a sibling was faster, or the client left the queue
         except OSError as error:
             log.error("cannot accept a connection: %s; trying again in %g s", reason_of(error), ACCEPT_PAUSE)
-            self._loop.remove_reader(acceptor.socket.fileno())
+            self._unwatch(acceptor)
             self._loop.call_later(ACCEPT_PAUSE, self._accept_again, acceptor)
             return False
+        self._service.slot.load += 1
         self._receive(connection)
         return True
 
     def _accept_again(self, acceptor: Acceptor) -> None:
         if acceptor in self._listening:  # not closed meanwhile
-            self._loop.add_reader(acceptor.socket.fileno(), self._accept, acceptor)
+            self._watch(acceptor)
 
     # ---- from a socket to a transport ----
 
-    def _start(self, connection: Accepted, origin: ProxyHeader | None = None) -> None:
+    def _start(
+        self,
+        connection: Accepted,
+        origin: ProxyHeader | None = None,
+        make: Callable[[], HTTPConnection] | None = None,
+    ) -> None:
         """Give *connection* its transport.
 
         The loop's coroutine waits once, for the transport to be ready; a task is not needed to
         tell it so.
         """
-        start = self._loop.connect_accepted_socket(partial(self._make, connection, origin), connection)
+        start = self._loop.connect_accepted_socket(make or partial(self._make, connection, origin), connection)
         try:
             ready = start.send(None)
         except OSError as error:
@@ -205,7 +258,7 @@ class Server:
         log.debug("a connection was lost before it began: %s", error)
         connection.close()
         self._service.slot.opened += 1
-        self._service.slot.closed += 1
+        self._service.count_closed()
         self._service.something_ended.set()
 
     def _forget(self, handshake: asyncio.Task[None]) -> None:
