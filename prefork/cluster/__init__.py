@@ -8,7 +8,7 @@ from prefork.cluster.picks import sticky
 
 if TYPE_CHECKING:
     from prefork.cluster.handles import WorkerHandle
-    from prefork.cluster.settings import ClusterSettings
+    from prefork.cluster.setup import ClusterSettings
     from prefork.worker.main import Worker
 
     is_master: bool

@@ -17,7 +17,7 @@ from prefork.cluster.keeper import Keeper
 from prefork.cluster.lifecycle import State
 from prefork.cluster.master import CAUGHT, Master
 from prefork.cluster.reactor import Timer
-from prefork.cluster.settings import ClusterSettings
+from prefork.cluster.setup import ClusterSettings
 from prefork.cluster.start import SEAT_VARIABLE, program
 from prefork.counters import Counter, Counters, RateLimit
 from prefork.emitter import Emitter
@@ -106,6 +106,8 @@ class Cluster:
             raise ConfigError(f"keep() was asked for {workers} workers: 1 to {len(self._master.board)} are possible")
         self.setup_master()
         self._master.keeper = Keeper(self._master, workers, target, args, boot_timeout=boot_timeout, ready=ready)
+        if self._master.is_running:
+            self._master.keeper.start()
 
     def hold(self, asked: Address, listener: Listener, pick: Any) -> None:
         """Share *listener*, which was opened for *asked*, with all workers; ours from now on."""

@@ -13,7 +13,7 @@ from typing import Any
 from prefork.cluster.lifecycle import State, may_become
 from prefork.cluster.policy import Ending, ExitCause
 from prefork.emitter import Emitter
-from prefork.errors import ChannelClosed
+from prefork.errors import ChannelClosed, did_you_mean
 from prefork.ipc.channel import Channel
 from prefork.process.status import ExitStatus
 from prefork.scoreboard import Slot
@@ -129,7 +129,7 @@ class WorkerHandle:
 
     def kill(self, signal: Signals | str = "SIGTERM") -> None:
         """Send a signal, by number or name. One that ends it makes `exited_after_disconnect` true."""
-        number = Signals[signal] if isinstance(signal, str) else Signals(signal)
+        number = _signal(signal)
         if self.exited_after_disconnect is None and number not in HARMLESS:
             self.exited_after_disconnect = True
         self.signal(number)
@@ -183,6 +183,14 @@ class WorkerHandle:
         os.close(self.pidfd)
         if self.process.stdin is not None:
             os.close(self.process.stdin)
+
+
+def _signal(signal: Signals | str) -> Signals:
+    try:
+        return Signals[signal] if isinstance(signal, str) else Signals(signal)
+    except (KeyError, ValueError):
+        hint = did_you_mean(str(signal), Signals.__members__)
+        raise ValueError(f"there is no signal {signal!r}{hint}") from None
 
 
 @dataclass(frozen=True, slots=True)

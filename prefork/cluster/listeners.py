@@ -15,7 +15,7 @@ from typing import Any
 from prefork.cluster.dispatch import Dispatcher
 from prefork.cluster.handles import WorkerHandle
 from prefork.cluster.picks import make_pick
-from prefork.net.address import Address, parse_address
+from prefork.net.address import Address, fitting, parse_address
 from prefork.net.listener import Listener
 from prefork.net.sharing import Sharing
 
@@ -72,10 +72,12 @@ class Listeners:
         key = question["address"], question["index"]
         shared = self._by_key.get(key)
         if shared is None:
-            asked = question["sharing"] or defaults.sharing
+            wishes = question["wishes"]
+            asked = wishes.get("sharing", defaults.sharing)
             sharing = _raw(Sharing(defaults.sharing)) if asked == RAW else Sharing(asked)
-            listener = Listener.open(parse_address(key[0]), sharing=sharing, slots=0, backlog=defaults.backlog)
-            shared = self._add(key, listener, make_pick(question["pick"] or defaults.pick))
+            backlog = wishes.get("backlog", defaults.backlog)
+            listener = Listener.open(fitting(parse_address(key[0])), sharing=sharing, slots=0, backlog=backlog)
+            shared = self._add(key, listener, make_pick(wishes.get("pick", defaults.pick)))
         shared.users.add(handle.id)
         return shared
 

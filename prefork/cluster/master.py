@@ -28,7 +28,7 @@ from prefork.cluster.lifecycle import State
 from prefork.cluster.listeners import Listeners
 from prefork.cluster.policy import ExitCause, cause_of
 from prefork.cluster.reactor import Reactor, Timer
-from prefork.cluster.settings import ClusterSettings
+from prefork.cluster.setup import ClusterSettings
 from prefork.cluster.sources import ChannelSource, ExitSource, OutputSource, SignalSource
 from prefork.cluster.start import Beginning, Start
 from prefork.cluster.topics import Topics
@@ -99,6 +99,11 @@ class Master:
         self._pending = 0  # calls of the program that are still to come
         self._exit_code = 0
         self._mishaps = 0  # turns in a row that ended in an error
+
+    @property
+    def is_running(self) -> bool:
+        """`run` was called."""
+        return self._inbox is not None
 
     def run(self, inbox: SignalInbox) -> int:
         """Mind the workers until all have ended. Returns the process's exit code.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefork.cluster.listeners import SharedListener
-from prefork.cluster.settings import ClusterSettings
+from prefork.cluster.setup import ClusterSettings
 from prefork.errors import ClusterError, reason_of
 from prefork.ipc.channel import Channel
 from prefork.process.identity import Identity, resolve
@@ -70,7 +71,10 @@ class Beginning:
         os.environ[SEAT_VARIABLE] = self.seat.to_text(self.channel.fileno(), self.board.fileno())
         try:
             _identity(settings).assume()
-            os.execv(sys.executable, [sys.executable, *settings.exec_argv, *program(settings)])
+            options = settings.exec_argv
+            if options is None:  # as multiprocessing does for its own
+                options = tuple(subprocess._args_from_interpreter_flags())  # type: ignore[attr-defined]
+            os.execv(sys.executable, [sys.executable, *options, *program(settings)])
         except OSError as error:
             sys.stderr.write(f"worker {self.seat.id} cannot be started: {reason_of(error)}\n")
             return CANNOT_EXEC

@@ -142,6 +142,18 @@ def absolute(address: Address) -> Address:
     return address
 
 
+# unix(7): sun_path has 108 bytes, of which a path needs one for its final NUL and an abstract
+# name one for its leading NUL.
+MAX_UNIX_PATH = 107  # bytes
+
+
+def fitting(address: Address) -> Address:
+    """*address*; a path that the kernel has no room for as seen from here, which may be shorter."""
+    if isinstance(address, UnixAddress) and not address.is_abstract and len(os.fsencode(address.path)) > MAX_UNIX_PATH:
+        return UnixAddress(os.path.relpath(address.path))
+    return address
+
+
 def _parse_tcp(text: str) -> TCPAddress:
     if scheme := _SCHEME.match(text):
         raise AddressError(f"{scheme[0]} is not known here; write {FORMS}")

@@ -15,11 +15,7 @@ from contextlib import suppress
 from typing import TypeAlias
 
 from prefork.errors import ListenError, reason_of
-from prefork.net.address import Address, FdAddress, TCPAddress, UDPAddress, UnixAddress
-
-# unix(7): sun_path has 108 bytes, of which a path needs one for its final NUL and an abstract
-# name one for its leading NUL.
-MAX_UNIX_PATH = 107  # bytes
+from prefork.net.address import MAX_UNIX_PATH, Address, FdAddress, TCPAddress, UDPAddress, UnixAddress
 
 # Below this the kernel wants CAP_NET_BIND_SERVICE, unless the administrator moved the line.
 PRIVILEGED_BELOW = 1024

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -132,7 +133,8 @@ class Worker:
         self._answer: dict[str, Any] | None = None
         self._answer_fds: list[socket.socket] = []
         self._questions = 0
-        self._asked: dict[str, int] = {}  # how often for each address, since it was last without one
+        self._asked: dict[str, int] = {}  # how often for each address, since we were last without one
+        self._used: dict[str, int] = {}  # how many of those were not given back
         self._is_leaving = False
         self._has_ended = False
         self._ended: asyncio.Event | None = None
@@ -200,25 +202,29 @@ class Worker:
 
     # ---- listeners ----
 
-    def share(self, bind: str, sharing: str | None = None, pick: str | None = None) -> Shared:
-        """The listener for *bind*, from the master: the same one for all workers that ask. Raises ListenError."""
+    def share(self, bind: str, **wishes: Any) -> Shared:
+        """The listener for *bind*, from the master: the same one for all workers that ask. Raises ListenError.
+
+        *wishes* (sharing, pick, backlog) are those of the first who asks; what is not among them the master decides.
+        """
         address = absolute(parse_address(bind))
         key = str(address)
         index = self._asked.get(key, 0)
         found = self.inherited.pop((key, index), None)
         if found is None:
-            found = self._do(lambda: self._ask_for_listener(address, index, sharing, pick))
+            found = self._do(lambda: self._ask_for_listener(address, index, wishes))
         self._asked[key] = index + 1
+        self._used[key] = self._used.get(key, 0) + 1
         return found
 
     def listener(self, bind: str, sharing: str | None = None) -> SharedSocket:
         """See `prefork.cluster.listener`."""
         if sharing is not None and Sharing(sharing) is Sharing.HANDOFF:
             raise ClusterError("a listener with sharing 'handoff' accepts in the master: cluster.listen() can serve it")
-        shared = self.share(bind, sharing or "shared")
+        shared = self.share(bind, sharing=sharing or "shared")
         assert shared.socket is not None
         ours = SharedSocket(fileno=shared.socket.detach())
-        ours.give_back = lambda: self.unshare(shared)
+        ours.give_back = lambda: self.unshare(shared, str(absolute(parse_address(bind))))
         self.tell_listening([shared])
         return ours
 
@@ -227,8 +233,11 @@ class Worker:
         body = {"type": "listening", "listeners": [shared.index for shared in listeners], "application": application}
         self.tell(body)
 
-    def unshare(self, shared: Shared) -> None:
-        """We do not accept on it any more."""
+    def unshare(self, shared: Shared, key: str) -> None:
+        """We do not accept any more on what we asked for as *key*."""
+        self._used[key] -= 1
+        if not self._used[key]:  # the next one is the first again
+            del self._asked[key]
         self.tell({"type": "unlisten", "listener": shared.index})
 
     # ---- leaving ----
@@ -274,6 +283,8 @@ class Worker:
         if loop is None or loop.is_closed():
             loop = loop_factory("auto")()
         self.attach(loop)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the program may handle it as it likes
+            loop.add_signal_handler(signal.SIGTERM, self.disconnect)
         loop.run_until_complete(self.wait_ended())
 
     async def wait_ended(self) -> None:
@@ -402,6 +413,7 @@ class Worker:
     def _tell_ended(self) -> None:
         if not self._has_ended:
             self._has_ended = True
+            self.exited_after_disconnect = bool(self.exited_after_disconnect)
             self._subscriptions.close()
             self._emitter.emit("disconnect")
             if self._ended is not None:
@@ -427,15 +439,14 @@ class Worker:
             self._channel.close()
             self._tell_ended()
 
-    def _ask_for_listener(self, address: Address, index: int, sharing: str | None, pick: str | None) -> Shared:
+    def _ask_for_listener(self, address: Address, index: int, wishes: dict[str, Any]) -> Shared:
         self._questions += 1
         question = {
             "type": "listen",
             "question": self._questions,
             "address": str(address),
             "index": index,
-            "sharing": sharing,
-            "pick": pick,
+            "wishes": wishes,
         }
         self._way_out.send(question)
         answer = self._await_answer(self._questions, str(address))

@@ -14,7 +14,7 @@ import socket
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefork import log as logs
@@ -62,6 +62,7 @@ class Equipment:
     tls: TLS | None
     application: Application | None  # None: to be loaded by the worker itself
     access_log: AccessLog | None
+    wishes: Mapping[str, Any] = field(default_factory=dict)  # about the listeners, if the master has not made them yet
     is_alone: bool = False  # there is one worker, and will be: nobody else accepts from its sockets
     renews_tls: bool = False  # by itself; otherwise the master tells what the changed files hold
 
@@ -107,10 +108,11 @@ def listen(worker: Worker, app: Any, bind: Any, keywords: Mapping[str, Any]) -> 
         if name in keywords:
             raise ConfigError(f"{name} is a setting of the master: cluster.listen() runs in a worker")
     settings = Settings.load({"app": app, "bind": bind, "workers": 1, **keywords})
+    wishes = {name: keywords[name] for name in ("sharing", "pick", "backlog") if name in keywords}
     tls = load_tls(settings)
     access_log = AccessLog.open(settings.access_log, settings.log_format)
     try:
-        serve(worker, Equipment(settings, settings.bind, tls, load(settings), access_log, renews_tls=True))
+        serve(worker, Equipment(settings, settings.bind, tls, load(settings), access_log, wishes, renews_tls=True))
     except BootFailed as failed:
         if isinstance(failed.__cause__, ListenError):
             raise failed.__cause__ from None
@@ -231,7 +233,7 @@ class Serving:
             return
         try:
             for bind in self._equipment.bind:
-                self._shared.append(self._worker.share(bind, settings.sharing, settings.pick))
+                self._shared.append(self._worker.share(bind, **self._equipment.wishes))
             self._server.open(shared.socket for shared in self._shared if shared.socket is not None)
         except OSError as error:
             raise BootFailed(f"cannot accept connections: {error}", "", BOOT_FAILED) from error

@@ -93,7 +93,7 @@ def test_what_a_killed_worker_had_sent_is_told_before_its_exit():
 def test_disconnect_waits_for_what_is_queued():
     """Megabytes sent and the request to leave right behind them: all of it arrives."""
     with Program("posting") as master:
-        master.fork("counts, 10")
+        master.fork("counts, 10", obeys=True)
         master.do(
             "[cluster.workers[1].send(dict(number=n, size=10**6, text='x' * 10**6)) for n in range(10)] and"
             " cluster.workers[1].disconnect() and None"

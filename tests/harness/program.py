@@ -96,14 +96,14 @@ class Program(Server):
         self.process.stdin.flush()
         return self._orders
 
-    def fork(self, call: str = "worker", **env: str) -> int:
+    def fork(self, call: str = "worker", *, obeys: bool | None = None) -> int:
         """The id of a new worker once it is online; *call* is what stands in cluster.fork(...).
 
-        One that obeys (`worker`, or the whole program) has heard an order by then: it can be asked to leave.
+        One that *obeys* (which `worker` and the whole program do) has heard an order by then: it reads its messages.
         """
         number = self.do(f"cluster.fork({call}).id")
         self.until("online", worker=number)
-        if call.partition(",")[0] in ("worker", ""):
+        if obeys if obeys is not None else call.partition(",")[0] in ("worker", ""):
             self.do("1", worker=number)
         return int(number)
 

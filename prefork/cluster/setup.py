@@ -20,7 +20,7 @@ class ClusterSettings:
 
     exec: str = ""  # the script that a fork without a target runs; empty: the program that runs now
     args: tuple[str, ...] = ()  # its arguments
-    exec_argv: tuple[str, ...] = ()  # those of the interpreter, before the script
+    exec_argv: tuple[str, ...] | None = None  # those of the interpreter; None: as this one was started
     cwd: str | None = None
     uid: int | str | None = None  # a user's number or name
     gid: int | str | None = None
@@ -67,10 +67,12 @@ class ClusterSettings:
 
 
 def _as_tuple(name: str, value: Any) -> Any:
-    if name in ("args", "exec_argv"):
+    if name in ("args", "exec_argv") and value is not None:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ConfigError(f"{name} {value!r} must be a list of strings")
         return tuple(map(str, value))
+    if name == "backlog" and not (isinstance(value, int) and value > 0):
+        raise ConfigError(f"backlog {value!r} is no number of connections: 1 or more")
     if name == "stdio" and value is not None:
         return (value,) * 3 if isinstance(value, str) else tuple(value)
     return value
