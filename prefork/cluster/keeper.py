@@ -101,6 +101,11 @@ class Keeper:
     def anybody_booted(self) -> bool:
         return self._anybody_booted
 
+    def replaces(self, handle: WorkerHandle) -> bool:
+        """Whether another one will take the place of *handle*."""
+        record = self._records.get(handle.slot)
+        return record is not None and record.handle is handle and not self._master.is_stopping
+
     def hear_failed(self, handle: WorkerHandle) -> None:
         """It will exit, and has said why."""
         if not self._anybody_booted:

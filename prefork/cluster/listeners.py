@@ -100,13 +100,16 @@ class Listeners:
                 self._dispatcher.join(handle, index)
         return shared
 
-    def leave(self, handle: WorkerHandle, index: int | None = None) -> None:
-        """*handle* uses one, or all, no more. Without a user, a listener that is not held is closed."""
+    def leave(self, handle: WorkerHandle, index: int | None = None, *, is_replaced: bool = False) -> None:
+        """*handle* uses one, or all, no more. Without a user, a listener that is not held is closed.
+
+        Not if the worker *is_replaced*: its replacement will ask for the same, and clients wait for it meanwhile.
+        """
         for shared in [s for s in self if index in (None, s.index) and handle.id in s.users]:
             shared.users.discard(handle.id)
             if shared.is_handed_off:
                 self._dispatcher.leave(handle, shared.index)
-            if not shared.users and not shared.is_held:
+            if not shared.users and not shared.is_held and not is_replaced:
                 self._close(shared)
 
     def release(self, slot: int) -> None:

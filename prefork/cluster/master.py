@@ -395,7 +395,7 @@ class Master:
         del self._workers[handle.id]
         handle.stats.pid = handle.stats.load = 0  # nobody is to wait for it
         self.dispatcher.lose(handle)
-        self.listeners.leave(handle)
+        self.listeners.leave(handle, is_replaced=self.keeper is not None and self.keeper.replaces(handle))
         handle.close()
 
     def _log_exit(self, handle: WorkerHandle) -> None:

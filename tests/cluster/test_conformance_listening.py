@@ -241,16 +241,28 @@ def test_a_unix_path_is_gone_with_its_last_user(tmp_path):
         assert not path.exists()
 
 
-def test_what_kept_workers_listen_on_outlives_each_of_them():
-    """Node has a gap during a full restart. With keep, a client that comes in between waits in the backlog."""
+@pytest.mark.parametrize("sharing", ["inherit", "handoff", "reuseport"])
+def test_what_kept_workers_listen_on_outlives_each_of_them(sharing):
+    """Node has a gap during a full restart. With keep, a client that comes in between waits for the replacement."""
     with Program("listeners") as master:
-        master.do("cluster.keep(1, worker, '127.0.0.1:0')")
+        master.do(f"cluster.keep(1, worker, '127.0.0.1:0', {{'sharing': {sharing!r}}})")
         port = master.port_of(1)
-        os.kill(master.pid_of(1), 9)
-        answers = {get(port).text for _ in range(1)}
+        for number in (1, 2):
+            os.kill(master.pid_of(number), 9)
+            answer = _get_unless_reset(port)
 
-        assert answers <= {"worker 2\n", "worker 3\n"}
-        assert master.port_of(2) == port
+            assert answer == f"worker {number + 1}\n"
+            assert master.port_of(number + 1) == port
+        assert master.terminate() == 0
+
+
+def _get_unless_reset(port):
+    """The answer of the next worker: a connection that the one before had accepted is lost with it."""
+    while True:
+        try:
+            return get(port).text
+        except (ConnectionResetError, EOFError):
+            continue
 
 
 # ---- addresses ----
@@ -275,6 +287,17 @@ def test_a_unix_path_whose_absolute_form_is_too_long_works_if_it_is_relative(tmp
         master.until("listening", worker=1)
 
         assert stat.S_ISSOCK((deep / "s").stat().st_mode)
+
+
+def test_the_clusters_sharing_is_that_of_listeners_for_which_nothing_else_was_said():
+    """A worker under handoff has no listening socket of its own."""
+    with Program("listeners") as master:
+        master.do("cluster.setup_master(sharing='handoff', backlog=7)")
+        master.fork("worker, '127.0.0.1:0'")
+        master.fork("worker, '127.0.0.1:0', {'sharing': 'inherit'}")
+        assert master.port_of(2) == master.port_of(1)  # the first who asked has decided
+        assert master.do("backlogs()", worker=1) == []
+        assert master.do("backlogs()") == [7]
 
 
 def test_the_backlog_is_that_of_the_first_who_asked():

@@ -196,6 +196,19 @@ def test_kill_counts_as_asked_for():
         assert master.until("exit", worker=1)["asked"] is True
 
 
+@pytest.mark.parametrize("number", ["SIGUSR1", "SIGWINCH", "SIGSTOP", "SIGCONT"])
+def test_a_signal_that_ends_nothing_is_no_wish_that_it_ends(number):
+    """A worker that was told to reopen its logs, and crashes a day later, has crashed."""
+    with Program("ways") as master:
+        master.fork("worker, '127.0.0.1:0'")
+        master.until("listening", worker=1)
+        master.do(f"cluster.workers[1].kill({number!r})")
+        assert master.do("cluster.workers[1].exited_after_disconnect") is None
+        os.kill(master.pid_of(1), 9)
+
+        assert master.until("exit", worker=1)["asked"] is False
+
+
 def test_kill_of_a_worker_that_has_ended_hits_nobody():
     """Its number may belong to somebody else by now."""
     with Program("ways") as master:
