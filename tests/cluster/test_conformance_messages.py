@@ -463,8 +463,8 @@ def test_a_counter_is_one_for_all_workers():
         assert master.do("counter.value") == 300
 
 
-def test_get_and_messages_go_together():
-    """A worker that serves hears its messages, and answers while it hears them."""
+def test_a_serving_worker_hears_its_messages():
+    """The loop of cluster.listen reads them, between two requests."""
     with Program("posting") as master:
         master.fork("worker, '127.0.0.1:0'")
         port = master.port_of(1)
