@@ -227,7 +227,7 @@ def test_broken_frame_closes_the_channel_and_is_logged(run: Run, caplog: pytest.
         run(main)
 
     assert [record.getMessage() for record in caplog.records] == [
-        "channel closed: frame is of kind 97, known are 1 to 4"
+        "channel closed: frame is of kind 97, known are 1 to 7"
     ]
 
 
