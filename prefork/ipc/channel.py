@@ -98,6 +98,7 @@ class Channel:
         "_early",
         "_held",
         "_is_broken",
+        "_is_closed",
         "_is_eof",
         "_max_size",
         "_queue",
@@ -128,6 +129,7 @@ class Channel:
         self._early: list[Message] = []  # read while nobody asked
         self._why_not = ""  # nothing can be sent any more
         self._is_eof = False
+        self._is_closed = False
         self._is_broken = False  # writing failed: nobody will read what we send
         self.retry_at: float | None = None  # when `retry` is to be called, on the monotonic clock
 
@@ -167,7 +169,7 @@ class Channel:
     @property
     def is_closed(self) -> bool:
         """`close` was called on this end. It never closes by itself: a loop may still watch its descriptor."""
-        return self._sock.fileno() < 0
+        return self._is_closed
 
     def send(self, message: Any, *, kind: Kind = Kind.CONTROL, fds: Sequence[int] = (), keep: bool = False) -> bool:
         """Send *message* as JSON (bytes as they are for kinds in `_RAW`), or queue it behind what waits; false advises to send no more for now.
@@ -213,8 +215,10 @@ class Channel:
         Raises FrameError if the other side does not keep to the frames. What came before is lost with
         it, and nothing is left to do but to `close`.
         """
+        messages: list[Message] = []
+        if self._early:
+            messages, self._early = self._early, messages
         frames: list[Frame] = []
-        messages, self._early = self._early, []
         pending = iter(frames)
         try:
             for _ in range(READS_PER_CALL):
@@ -268,6 +272,7 @@ class Channel:
 
     def close(self) -> None:
         """Close this end, with the descriptors that were not sent and those of unfinished frames. May be repeated."""
+        self._is_closed = True
         self._why_not = "this end of the channel was closed"
         self._drop()
         close_all(self._decoder.leftovers())
@@ -285,17 +290,18 @@ class Channel:
     def _post(self, kind: Kind, body: Buffer, fds: list[int] | None = None) -> bool:
         """Send a frame, or queue it."""
         head = header(kind, len(body), len(fds) if fds else 0, self._max_size if kind in USERS else MAX_SIZE)
-        self._check_writable()
+        if self._why_not:
+            raise ChannelClosed(self._why_not)
         pieces: list[Buffer] = [head + body] if len(body) <= JOINED_SIZE else [head, body]
         if self._queue:
             self._enqueue(_Outgoing(pieces, fds))
             return self._queued <= HIGH_WATER
         count = self._push(pieces, fds)
-        self._check_writable()
         if count and fds:
             close_all(fds)
             fds = None
         if count < len(head) + len(body):
+            self._check_writable()
             outgoing = _Outgoing(pieces, fds)
             outgoing.advance(count)
             self._enqueue(outgoing)
@@ -369,9 +375,9 @@ class Channel:
 
     def _read_into(self, frames: list[Frame]) -> bool:
         """One read; false if there is no point in another."""
-        if self._is_eof or self.is_closed:
+        if self._is_eof or self._is_closed:
             return False
-        room = self._decoder.room()
+        room = self._decoder.room() if self._decoder.partial is not None else None
         try:
             if room is None:
                 data, fds, is_lost = descriptors.receive(self._sock, READ_SIZE)
@@ -444,7 +450,7 @@ class Channel:
             raise FrameError("the other side sent a pickle, and this channel's serialization is json")
         try:
             return from_pickle(payload)
-        except Exception as exc:
+        except Exception as exc:  # the application's objects raise what they like
             log.exception("a message of %d bytes is dropped: it cannot be unpickled", len(payload))
             raise _Unreadable from exc
 
