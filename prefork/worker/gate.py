@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from time import monotonic
 
-from prefork.scoreboard import ACCEPTING, Scoreboard, Slot
+from prefork.scoreboard import ACCEPTING, LOAD, Scoreboard, Slot
 
 # A connection waits this long for the least loaded worker, in seconds; then whoever is there takes it. Long enough for a
 # worker to finish a small request, and too short to be noticed.
@@ -65,7 +65,7 @@ class Verdict(Enum):
     FULL = auto()  # wait until something has ended, however long
 
 
-def decide(load: int, least: int, *, is_full: bool, is_expecting: bool, turn: float, waited: float) -> Verdict:
+def decide(load: int, least: int, is_full: bool, is_expecting: bool, turn: float, waited: float) -> Verdict:
     """What to do with a connection that waits to be accepted.
 
     *load* is what we hold and *least* the least that anybody holds who accepts, *is_full* whether
@@ -77,7 +77,7 @@ def decide(load: int, least: int, *, is_full: bool, is_expecting: bool, turn: fl
         return Verdict.FULL
     if waited >= LONGEST_WAIT:
         return Verdict.TAKE
-    if is_expecting or turn > LONG_TURN or load > least + int(least * TOLERANCE):
+    if is_expecting or turn > LONG_TURN or (load > least and load > least + int(least * TOLERANCE)):
         return Verdict.WAIT
     return Verdict.TAKE
 
@@ -105,10 +105,10 @@ class Gate:
         slot: Slot,
         *,
         workers: int,
-        is_full: Callable[[], bool] = lambda: False,
+        is_full: Callable[[], bool] | None = None,
         set_shedding: Callable[[bool], object] = lambda _: None,
     ) -> None:
-        """*workers*: how many there are at first. *is_full*: of threads; whoever ends that calls `on_room`.
+        """*workers*: how many there are at first. *is_full*: of threads, None without; whoever ends that calls `on_room`.
 
         *set_shedding* is told whether `sheds` is worth asking.
         """
@@ -166,13 +166,16 @@ class Gate:
 
     def on_room(self) -> None:
         """A thread may have become free."""
-        if self._state is State.FULL and not self._is_full():
+        if self._state is State.FULL and self._is_full is not None and not self._is_full():
             self._slot.load -= ACCEPTING
             self._open()
 
     # ---- accepting ----
 
     def _on_readable(self, take: Callable[[], bool]) -> None:
+        if self._expected_until and self._glances < GLANCES and self._loop.time() < self._expected_until:
+            self._glances += 1  # what `decide` would say, without a look at the board
+            return
         match self._look():
             case Verdict.TAKE:
                 self._take(take)
@@ -189,12 +192,12 @@ class Gate:
     def _look(self) -> Verdict:
         now = self._loop.time()
         return decide(
-            self._slot.load + ACCEPTING,
-            self._least() + ACCEPTING,
-            is_full=self._is_full(),
-            is_expecting=now < self._expected_until,
-            turn=monotonic() - now,
-            waited=now - self._since if self._since else 0.0,
+            self._slot.whole[LOAD] + ACCEPTING,
+            (self._least() if self._silent else min(self._loads)) + ACCEPTING,
+            self._is_full is not None and self._is_full(),
+            now < self._expected_until,
+            monotonic() - now,
+            now - self._since if self._since else 0.0,
         )
 
     def _look_again(self) -> None:
@@ -246,8 +249,6 @@ class Gate:
     # ---- the others ----
 
     def _least(self) -> int:
-        if not self._silent:
-            return min(self._loads)
         words = self._loads.tolist()
         for index, said in list(self._silent.items()):
             if said == (words[index], self._board[index].beat):
