@@ -126,7 +126,9 @@ def test_where_something_comes_before_the_request_nothing_can_have_been_read(beg
         server = Server(service, tls, None if tls else Trusted.parse(("*",)))
         client, connection = tcp_pair()
         with client, connection:
-            with pytest.raises(ValueError, match=f"3 bytes of a connection were read, but connections begin with {begins}"):
+            with pytest.raises(
+                ValueError, match=f"3 bytes of a connection were read, but connections begin with {begins}"
+            ):
                 server.adopt(connection, b"GET")
             assert connection.fileno() >= 0
         await server.drain(1)
