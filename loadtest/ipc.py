@@ -20,15 +20,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import uvloop
 
 from loadtest.rig import machine, table
 from prefork.cluster.reactor import Reactor
+from prefork.errors import ChannelClosed
 from prefork.ipc.aio import AsyncChannel
 from prefork.ipc.channel import Channel, Message
 
@@ -120,7 +121,8 @@ def _answer_on_uvloop(parent: Channel, child: Channel, mode: str) -> None:
         closed = asyncio.Event()
 
         def answer(message: Message) -> None:
-            channel.send_user(message.body if mode == "trips" else None)
+            with suppress(ChannelClosed):  # the parent has measured enough
+                channel.send_user(message.body if mode == "trips" else None)
 
         channel = AsyncChannel(child, asyncio.get_running_loop(), answer, closed.set)
         await closed.wait()
@@ -181,7 +183,7 @@ class forked:  # noqa: N801 - used as a statement
 
     def __enter__(self) -> None: ...
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         os.waitpid(self._pid, 0)
 
 

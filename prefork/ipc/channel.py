@@ -31,7 +31,7 @@ from typing import Any
 from prefork.errors import ChannelClosed, FrameError
 from prefork.ipc import fds as descriptors
 from prefork.ipc.fds import NO_FDS, Buffer, Fds, close_all
-from prefork.ipc.frames import LARGEST_SIZE, MAX_SIZE, USERS, Decoder, Frame, Kind, header
+from prefork.ipc.frames import HEADER_SIZE, LARGEST_SIZE, MAX_SIZE, USERS, Decoder, Frame, Kind, header
 from prefork.ipc.handles import Handle, pack, revive
 from prefork.ipc.messages import from_json, from_pickle, to_json, to_pickle
 
@@ -201,12 +201,12 @@ class Channel:
         OSError or ValueError for one that is not open, FrameError for too large a message.
         """
         body = self._dumps(message)
+        if handle is None and self._unacked is None and not received:
+            return self._post(self._user_kind, body)
         if handle is not None:
             return self._send_handle(body, handle, keep, bytes(received))
         if received:
             raise TypeError("bytes that were received go with the handle that they came from, and there is none")
-        if self._unacked is None:
-            return self._post(self._user_kind, body)
         return self._hold(_Letter(self._user_kind, [body], self._max_size))
 
     def receive(self) -> list[Message]:
@@ -225,6 +225,9 @@ class Channel:
                 if not self._read_into(frames):
                     break
             for frame in pending:
+                if frame.kind is Kind.USER and not frame.fds and not frame.is_lost:  # by far the most
+                    messages.append(Message(Kind.USER, from_json(frame.payload)))
+                    continue
                 message = self._open(frame)
                 if message is not None:
                     messages.append(message)
@@ -289,18 +292,21 @@ class Channel:
 
     def _post(self, kind: Kind, body: Buffer, fds: list[int] | None = None) -> bool:
         """Send a frame, or queue it."""
-        head = header(kind, len(body), len(fds) if fds else 0, self._max_size if kind in USERS else MAX_SIZE)
+        size = len(body)
+        head = header(kind, size, len(fds) if fds else 0, self._max_size if kind in USERS else MAX_SIZE)
         if self._why_not:
             raise ChannelClosed(self._why_not)
-        pieces: list[Buffer] = [head + body] if len(body) <= JOINED_SIZE else [head, body]
+        pieces: list[Buffer] = [head + body] if size <= JOINED_SIZE else [head, body]
         if self._queue:
             self._enqueue(_Outgoing(pieces, fds))
             return self._queued <= HIGH_WATER
         count = self._push(pieces, fds)
+        if count == size + HEADER_SIZE and not fds:
+            return self._queued <= HIGH_WATER
         if count and fds:
             close_all(fds)
             fds = None
-        if count < len(head) + len(body):
+        if count < size + HEADER_SIZE:
             self._check_writable()
             outgoing = _Outgoing(pieces, fds)
             outgoing.advance(count)
