@@ -152,6 +152,11 @@ class Channel:
         return bool(self._queue)
 
     @property
+    def has_unsent(self) -> bool:
+        """Something is still to be written, or a handle has not been acknowledged."""
+        return bool(self._queue) or self._unacked is not None
+
+    @property
     def queued(self) -> int:
         """Bytes that wait to be written."""
         return self._queued

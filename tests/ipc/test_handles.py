@@ -450,13 +450,13 @@ def test_lost_descriptors_of_our_own_messages_are_told(pair: Pair, lose: list[bo
     """Whoever sent them keeps a copy until it is answered, and this is what is answered."""
     lose += [True]
     pair[0].send("before")
-    pair[0].send([1, 0], kind=Kind.HANDOFF, fds=[os.open("/dev/null", os.O_RDONLY)])
-    pair[0].send([2, 0], kind=Kind.HANDOFF, fds=[os.open("/dev/null", os.O_RDONLY)])
+    pair[0].send(b"1", kind=Kind.HANDOFF, fds=[os.open("/dev/null", os.O_RDONLY)])
+    pair[0].send(b"2", kind=Kind.HANDOFF, fds=[os.open("/dev/null", os.O_RDONLY)])
 
     before, lost, arrived = run(*pair)[1]
 
     assert (before.is_lost, lost.is_lost, arrived.is_lost) == (False, True, False)
-    assert (lost.body, len(lost.fds), len(arrived.fds)) == ([1, 0], 0, 1)
+    assert (lost.body, len(lost.fds), len(arrived.fds)) == (b"1", 0, 1)
     arrived.discard()
 
 
