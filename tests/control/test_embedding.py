@@ -164,6 +164,8 @@ def test_every_setting_is_a_keyword(monkeypatch, tmp_path, setting):
     more = {"certfile": "c.pem"} if setting.group == "TLS" and setting.name != "certfile" else {}
     if setting.name == "client_cert":
         more["client_ca"] = "ca.pem"
+    if setting.name == "pick":
+        more["sharing"] = "handoff"
     given = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(serving, "serve_command", lambda settings: given.append(settings) or 0)
@@ -192,6 +194,7 @@ def test_every_setting_at_once_takes_effect(tmp_path, runs):
         "bind": ["127.0.0.1:0", "unix:s.sock"],
         "workers": 2,
         "sharing": "handoff",
+        "pick": "round_robin",
         "interface": "native",
         "threads": 2,
         "loop": "asyncio",
