@@ -8,6 +8,7 @@ every server can load it: the native handlers have a module of their own.
 from __future__ import annotations
 
 import os
+import time
 
 HELLO = b"Hello, world!\n"
 TEXT = "text/plain; charset=utf-8"
@@ -107,6 +108,13 @@ async def asgi_websocket(scope, receive, send):
 async def pid(scope, receive, send):
     """ASGI; a connection's answers tell who holds it."""
     await _answer(scope, send, str(os.getpid()).encode(), TEXT)
+
+
+async def work(scope, receive, send):
+    """ASGI; blocks for as many milliseconds as the query says, and tells who it was."""
+    if scope["type"] == "http" and (milliseconds := int(scope["query_string"] or 0)):
+        time.sleep(milliseconds / 1000)  # noqa: ASYNC251 - what is measured is who waits for it
+    await pid(scope, receive, send)
 
 
 async def _answer(scope, send, body, content_type):

@@ -120,9 +120,16 @@ class Settings:
         "least_connections",
         Picking(),
         SERVER,
-        "Who gets a connection under --sharing handoff. least_connections; round_robin; least_busy: by event loops and requests "
-        "in flight; sticky:ip, sticky:header:NAME or sticky:cookie:NAME: the same worker for the same address, or value in the "
-        "connection's first request; MODULE:FUNCTION: what it returns of the workers that it is called with.",
+        "Who gets a connection under --sharing handoff: least_connections, round_robin, least_busy (by event loops and "
+        "requests in flight), sticky:ip, sticky:header:NAME or sticky:cookie:NAME (the same worker for the same client, going "
+        "by the connection's first request), or MODULE:FUNCTION, called with the connection and the workers that have room.",
+    )
+    accept_gate: bool = _declare(
+        True,
+        Switch(),
+        SERVER,
+        "With --sharing inherit: a worker with more to do than another leaves a new connection to it for up to 3 ms, and "
+        "closes kept-alive ones until it is level. Off: whoever wakes first takes it.",
     )
     interface: str = _declare(
         "auto",

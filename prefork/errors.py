@@ -23,6 +23,10 @@ class StartError(PreforkError):
     """`serve` cannot start here: inside a running event loop, in a thread, on an unfit platform."""
 
 
+class ClusterError(PreforkError):
+    """Something of `prefork.cluster` was called in the wrong process, or at the wrong time."""
+
+
 class AddressError(PreforkError, ValueError):
     """An address to bind cannot be understood."""
 
@@ -113,6 +117,22 @@ class MissingExtra(PreforkError, ImportError):
 
 class UnknownEvent(PreforkError, ValueError):
     """A listener asked for an event that is never emitted here."""
+
+
+class CounterError(PreforkError, ValueError):
+    """A shared counter or rate limit cannot have this name, or there is no room for another one."""
+
+
+class CounterOverflow(PreforkError, OverflowError):
+    """A shared counter would leave the range of 64 bits. It stays as it was."""
+
+
+class CounterBusy(PreforkError, TimeoutError):
+    """A shared counter stayed locked for too long: process *pid* was stopped, or is stuck, in the middle of a change."""
+
+    def __init__(self, message: str, pid: int) -> None:
+        super().__init__(message)
+        self.pid = pid
 
 
 class MalformedBody(PreforkError, ValueError):

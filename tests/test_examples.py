@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
+from contextlib import ExitStack
 
 from websockets.sync.client import connect
 
 from tests.harness.client import Client, get
 from tests.harness.server import DEADLINE, ROOT, Server
 
-SERVED = {"hello": "handler", "asgi": "app", "wsgi": "app", "websocket": "handler"}
+SERVED = {"hello": "handler", "asgi": "app", "wsgi": "app", "websocket": "handler", "chat": "handler"}
 PROGRAMS = {"embedded", "cluster"}
 
 
@@ -55,6 +57,35 @@ def test_websocket():
         with connect(url) as one, connect(url) as other:
             other.send("hello")
             assert (one.recv(DEADLINE), other.recv(DEADLINE)) == ("hello", "hello")
+
+
+def test_chat():
+    """Clients of different workers hear one another, each sender's messages in the order in which they were said."""
+    count, each = 8, 20
+    # Handed over by the master, connections are spread evenly however few they are.
+    with Server("examples.chat:handler", workers=4, sharing="handoff") as server, ExitStack() as stack:
+        server.wait_ready(4)
+        assert "new WebSocket" in get(server.port).text
+        clients = [stack.enter_context(connect(f"ws://127.0.0.1:{server.port}/")) for _ in range(count)]
+        for number, client in enumerate(clients):
+            client.send(f"{number} is here")
+            # What it says itself comes back through the master, which therefore knows of its worker's subscription.
+            heard = json.loads(client.recv(DEADLINE))
+            while heard["text"] != f"{number} is here":
+                heard = json.loads(client.recv(DEADLINE))
+        for index in range(each):
+            for number, client in enumerate(clients):
+                client.send(f"{number} says {index}")
+        for client in clients:
+            heard = []
+            while len(heard) < count * each:
+                message = json.loads(client.recv(DEADLINE))
+                if "says" in message["text"]:
+                    heard.append(message)
+            for number in range(count):
+                said = [message["text"] for message in heard if message["text"].startswith(f"{number} ")]
+                assert said == [f"{number} says {index}" for index in range(each)]
+            assert {message["worker"] for message in heard} == {1, 2, 3, 4}
 
 
 def test_embedded():

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "prefork"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-GROUND = {"errors", "cpus", "kinds", "config", "log", "emitter", "scoreboard"}
+GROUND = {"errors", "cpus", "kinds", "config", "log", "emitter", "scoreboard", "counters"}
 
 # What each room, and each module of the ground floor, may import of prefork. A room may also import itself.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "log": {"errors", "config"},
     "emitter": {"errors", "config", "log"},
     "scoreboard": {"errors"},
+    "counters": {"errors", "scoreboard"},
     "protocol": {"errors"},
     "net": GROUND,
     "ipc": {"errors", "log"},
@@ -41,9 +42,7 @@ TOP = {"__init__.py", "__main__.py"}
 # A narrower door between two rooms: the master knows what a worker is and how to become one, nothing inside it.
 DOORS = {
     ("cluster", "worker"): {
-        "prefork.worker.main.run",
-        "prefork.worker.main.load_function",
-        "prefork.worker.main.Worker",
+        f"prefork.worker.main.{name}" for name in ("Seat", "Shared", "Worker", "join", "listen", "load_function", "run")
     }
 }
 

@@ -1,6 +1,6 @@
 """The states of a worker as the master sees it, and the only ways between them.
 
-    FORKED -> ONLINE -> LISTENING -> DRAINING -> EXITED
+    FORKED -> ONLINE -> LISTENING -> DRAINING -> DISCONNECTED -> EXITED
 
 A state may be skipped on the way down (a worker can die at any time), never
 revisited.
@@ -16,18 +16,10 @@ class State(IntEnum):
     ONLINE = 2  # its first message has arrived; the application is being loaded
     LISTENING = 3  # it accepts on all its addresses
     DRAINING = 4  # it finishes what is in flight and accepts nothing
-    EXITED = 5  # reaped
-
-
-SUCCESSORS: dict[State, frozenset[State]] = {
-    State.FORKED: frozenset({State.ONLINE, State.DRAINING, State.EXITED}),
-    State.ONLINE: frozenset({State.LISTENING, State.DRAINING, State.EXITED}),
-    State.LISTENING: frozenset({State.DRAINING, State.EXITED}),
-    State.DRAINING: frozenset({State.EXITED}),
-    State.EXITED: frozenset(),
-}
+    DISCONNECTED = 5  # its channel has ended; the process may still be at work
+    EXITED = 6  # reaped
 
 
 def may_become(state: State, successor: State) -> bool:
     """Whether a worker in *state* may enter *successor*. A late message asks for an illegal one."""
-    return successor in SUCCESSORS[state]
+    return successor > state and (successor is not State.LISTENING or state is State.ONLINE)

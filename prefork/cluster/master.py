@@ -1,48 +1,57 @@
-"""The master: starts workers, watches them, replaces the dead. It serves no request.
+"""The master: forks workers, listens to them, reaps them. It serves no request.
 
-One thread, one event at a time, no asyncio: signals, messages from workers and
-exits all arrive through the reactor, are decided upon in `policy`, and carried
-out here. Nothing here waits for a worker; whoever must end in time gets a timer.
+One thread, one event at a time, no asyncio: signals, messages from workers and exits all arrive
+through the reactor. Nothing here waits for a worker; whoever must end in time gets a timer. How
+many workers there are to be is for others to say: the program, or the `keeper`.
 
-Order matters in two places. A worker's boot deadline runs from before its fork, so
-that a child stuck in its first line is still ended. And a dead worker's channel is
-read to its end before its exit is told, so that its last words come first.
+Order matters. An event is told when the state it tells of is there to be seen. A dead worker's
+channel is read to its end before its exit is told, so that its last words come first, and
+disconnect is told before exit.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 from prefork import log as logs
 from prefork.cluster.dispatch import Dispatcher
-from prefork.cluster.handles import BootFailure, SlotRecord, WorkerHandle
+from prefork.cluster.handles import BootFailure, Output, Process, WorkerHandle
+from prefork.cluster.keeper import Keeper
 from prefork.cluster.lifecycle import State
-from prefork.cluster.plan import Plan, Seat
-from prefork.cluster.policy import NEVER_BOOTED, ExitCause, GiveUp, StartAgain, after_exit, cause_of, delay_after
-from prefork.cluster.reactor import Reactor
-from prefork.cluster.sources import ChannelSource, ExitSource, SignalSource
+from prefork.cluster.listeners import Listeners
+from prefork.cluster.policy import ExitCause, cause_of
+from prefork.cluster.reactor import Reactor, Timer
+from prefork.cluster.settings import ClusterSettings
+from prefork.cluster.sources import ChannelSource, ExitSource, OutputSource, SignalSource
+from prefork.cluster.start import Beginning, Start
+from prefork.cluster.topics import Topics
 from prefork.emitter import Emitter
-from prefork.errors import TLSError, reason_of
+from prefork.errors import ClusterError, PreforkError
 from prefork.ipc.channel import Channel, Message
 from prefork.ipc.frames import Kind
-from prefork.net.sharing import Sharing
-from prefork.net.tls import RENEWAL_INTERVAL
 from prefork.process import forking
 from prefork.process.reaping import reap, reap_orphans
 from prefork.process.signals import SignalInbox
-from prefork.process.status import BOOT_FAILED
+from prefork.process.stdio import Stdio
+from prefork.scoreboard import Scoreboard
+from prefork.worker.main import Seat, Worker
 
 log = logging.getLogger("prefork")
-
-# After SIGABRT, which makes a hung worker write its stacks: the time to write them, in seconds.
-ABORT_GRACE = 1.0
 
 # A worker ends its own drain at the graceful timeout, cuts off the rest (1.5 s at the most) and then
 # runs the application's shutdown (4 s). Only one that cannot even do that is killed, this many
 # seconds after the graceful timeout.
 KILL_GRACE = 7.0
+
+# The scoreboard cannot grow after the first fork; a slot that was never used costs no memory.
+MOST_WORKERS = 1024
 
 # An error in every turn would only fill the disk with its tracebacks.
 MOST_MISHAPS = 100
@@ -61,37 +70,51 @@ CAUGHT = (
 
 
 class Master:
-    """Runs a `Plan` until it is told to stop, or nothing of it can boot."""
+    """The processes of one cluster, from the first fork until all have ended."""
 
-    def __init__(self, plan: Plan, emitter: Emitter, workers: dict[int, WorkerHandle], inbox: SignalInbox) -> None:
-        """*inbox* catches `CAUGHT` already, and is closed by whoever opened it."""
-        self._plan = plan
-        self._emit = emitter.emit
-        self._workers = workers  # by id; an entry stays until its process is reaped
-        self._reactor = Reactor()
-        self._inbox = inbox
-        self._dispatcher = Dispatcher(self._reactor)
-        self._slots: list[SlotRecord] = []
-        self._ids = 0
-        self._wanted = plan.workers
-        self._anybody_booted = False
-        self._is_stopping = False
+    def __init__(
+        self,
+        emitter: Emitter,
+        workers: dict[int, WorkerHandle],
+        become: Callable[[Worker], None],
+        last_id: int = 0,
+        slots: int = MOST_WORKERS,
+    ) -> None:
+        """*workers* is kept by id; an entry stays until its process is reaped. A child calls *become* first."""
+        self.board = Scoreboard(slots)
+        self.reactor = Reactor()
+        self.dispatcher = Dispatcher(self.reactor)
+        self.listeners = Listeners(self.dispatcher)
+        self.keeper: Keeper | None = None
+        self.is_stopping = False
+        self.settings = ClusterSettings()  # of the next fork
+        self.last_id = last_id  # of a worker
+        self._become = become
+        self._emitter = emitter
+        self._workers = workers
+        self._topics = Topics()
+        self._reserved: set[int] = set()  # slots that the keeper fills
+        self._inbox: SignalInbox | None = None
+        self._pid = os.getpid()
+        self._pending = 0  # calls of the program that are still to come
         self._exit_code = 0
         self._mishaps = 0  # turns in a row that ended in an error
 
-    def run(self) -> int:
-        """Start the workers and mind them until all have ended. Returns the process's exit code."""
-        self._inbox.on_caught = None  # from here on they wait for our turn
+    def run(self, inbox: SignalInbox) -> int:
+        """Mind the workers until all have ended. Returns the process's exit code.
+
+        *inbox* catches `CAUGHT` already, and is closed by whoever opened it.
+        """
+        self._inbox = inbox
+        inbox.on_caught = None  # from here on they wait for our turn
         try:
-            self._reactor.add(SignalSource(self._inbox, self._on_signal))
-            self._open_doors()
-            self._fill_slots()
-            if self._plan.tls is not None:
-                self._reactor.call_later(RENEWAL_INTERVAL, self._renew_certificates)
-            while self._workers or not self._is_stopping:
+            self.reactor.add(SignalSource(inbox, self._on_signal))
+            if self.keeper is not None:
+                self.keeper.start()
+            while self._workers or (self._pending and not self.is_stopping):
                 self._turn()
         finally:
-            self._clean_up()
+            self.close()
         if not self._exit_code:  # otherwise the last line says why
             log.info("stopped")
         return self._exit_code
@@ -99,7 +122,7 @@ class Master:
     def _turn(self) -> None:
         """One turn of the loop: a bug met on the way is logged, and must not take the server down."""
         try:
-            self._reactor.turn()
+            self.reactor.turn()
             self._mishaps = 0
         except Exception:
             self._mishaps += 1
@@ -107,144 +130,231 @@ class Master:
             if self._mishaps > MOST_MISHAPS:
                 raise
 
-    # ---- starting ----
+    def call_later(self, delay: float, call: Callable[[], object]) -> Timer:
+        """*call* once, in *delay* seconds; until then `run` goes on, whatever becomes of the workers."""
 
-    def _open_doors(self) -> None:
-        for index, listener in enumerate(self._plan.listeners):
-            if listener.sharing is Sharing.HANDOFF:
-                self._dispatcher.open(index, listener.socket_for(0), self._plan.pick)
+        def run() -> None:
+            self._pending -= 1
+            call()
 
-    def _fill_slots(self) -> None:
-        while len(self._slots) < self._wanted:
-            self._slots.append(SlotRecord(len(self._slots)))
-        for record in self._slots[: self._wanted]:
-            if record.handle is None and record.restart is None and not self._is_stopping:
-                self._start(record)
+        def forget() -> None:
+            self._pending -= 1
 
-    def _start(self, record: SlotRecord) -> None:
-        record.restart = None
-        now = self._reactor.now()
-        timeout = self._plan.settings.boot_timeout
-        slot = self._plan.board[record.index]
-        slot.reset()
-        slot.generation = self._plan.generation
-        slot.started_at = now
-        slot.deadline = now + timeout if timeout else 0.0
+        self._pending += 1
+        return self.reactor.call_later(delay, run, forget)
+
+    def emit(self, event: str, *args: object, handle: WorkerHandle | None = None) -> bool:
+        """Tell the listeners of *handle*, then those of the cluster, which get it first. Whether there was any."""
+        if handle is None:
+            return self._emitter.emit(event, *args)
+        heard = handle.emit(event, *args)
+        return self._emitter.emit(event, handle, *args) or heard
+
+    # ---- forking ----
+
+    def reserve_slot(self) -> int:
+        """The lowest slot that nobody has; the keeper's until it is vacated."""
+        slot = self._free_slot()
+        self._reserved.add(slot)
+        return slot
+
+    def vacate_slot(self, slot: int) -> None:
+        """The keeper wants it no more."""
+        self._reserved.discard(slot)
+        self.listeners.release(slot)
+
+    def fork(
+        self,
+        target: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        *,
+        env: Mapping[str, str] | None = None,
+        slot: int | None = None,
+        boot_timeout: float = 0.0,
+    ) -> WorkerHandle:
+        """A new worker. Raises ClusterError, and OSError where the kernel refuses."""
+        if self.is_stopping:
+            raise ClusterError("the cluster is stopping, and starts no worker any more")
+        settings = self.settings
+        slot = self._free_slot() if slot is None else slot
+        now = self.reactor.now()
+        stats = self.board[slot]
+        stats.reset()
+        stats.generation = 1
+        stats.started_at = now
+        stats.deadline = now + boot_timeout if boot_timeout else 0.0
+        self.listeners.prepare(slot)
+        stdio = Stdio(settings.stdio_of_child)
         try:
-            handle = self._fork(record, now)
-        except OSError as error:
-            record.failures += 1
-            delay = delay_after(max(2, record.failures))
-            log.error(
-                "cannot start a worker in slot %d: %s; trying again in %.2g s", record.index, reason_of(error), delay
-            )
-            record.restart = self._reactor.call_later(delay, lambda: self._start(record))
-            return
-        slot.pid = handle.pid
-        record.handle = handle
+            handle = self._fork(Start(settings, target, args, env or {}, stdio), stats.index, now)
+        except BaseException:
+            stdio.close()
+            raise
+        stdio.release()
+        stats.pid = handle.pid
         self._workers[handle.id] = handle
-        self._reactor.add(ChannelSource(handle, self._on_message, self._on_channel_end))
-        self._reactor.add(ExitSource(handle, self._on_exit))
-        if timeout:
-            self._reactor.call_later(timeout, lambda: self._check_boot(handle))
-        self._emit("fork", handle)
+        self.reactor.add(ChannelSource(handle, self.reactor, self._on_message, self._on_channel_end))
+        self.reactor.add(ExitSource(handle, self._on_exit))
+        # Not now: who gets the handle shall see it too.
+        self.reactor.call_soon(partial(self.emit, "fork", handle=handle))
+        return handle
 
-    def _fork(self, record: SlotRecord, now: float) -> WorkerHandle:
-        for listener in self._plan.listeners:
-            listener.socket_for(record.index)  # a slot that is new under reuseport gets its socket here
-        ours, theirs = Channel.pair()
-        seat = Seat(self._ids + 1, record.index, self._plan.generation, os.getpid(), theirs)
+    def _free_slot(self) -> int:
+        taken = self._reserved | {handle.slot for handle in self._workers.values()}
+        for slot in range(len(self.board)):
+            if slot not in taken:
+                return slot
+        raise ClusterError(f"there are {len(taken)} workers already, and no room for more")
+
+    def _fork(self, start: Start, slot: int, now: float) -> WorkerHandle:
+        settings = start.settings
+        ours, theirs = Channel.pair(serialization=settings.serialization, max_size=settings.max_message)
+        seat = Seat(
+            self.last_id + 1,
+            slot,
+            self.board[slot].generation,
+            os.getpid(),
+            settings.serialization,
+            settings.max_message,
+            settings.graceful_timeout,
+        )
+        beginning = Beginning(start, seat, theirs, self.board, self._become)
         try:
-            pid = forking.fork(lambda: self._be_worker(seat, ours))
+            pid = forking.fork(lambda: self._be_worker(beginning, ours))
         except OSError:
             ours.close()
             raise
         finally:
             theirs.close()
-        self._ids = seat.id
+        self.last_id = seat.id
         try:
-            stats = self._plan.board[record.index]
-            return WorkerHandle(seat.id, record.index, self._plan.generation, pid, ours, now, stats, self._retire)
+            process = Process(pid, *self._watch_outputs(start.stdio))
+            return WorkerHandle(
+                seat.id,
+                self.board[slot],
+                seat.generation,
+                process,
+                ours,
+                now,
+                self._retire,
+                settings.graceful_timeout,
+            )
         except OSError:  # no descriptor is left to watch it by: it must not live unwatched
             ours.close()
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise
 
-    def _be_worker(self, seat: Seat, masters_end: Channel) -> int:
-        """In the child: let go of all that is the master's, then be a worker."""
+    def _watch_outputs(self, stdio: Stdio) -> tuple[int | None, Output | None, Output | None]:
+        outputs: list[Output | None] = []
+        for descriptor in stdio.parents[1:]:
+            output = None if descriptor is None else Output()
+            if descriptor is not None and output is not None:
+                self.reactor.add(OutputSource(descriptor, output, self.reactor.remove))
+            outputs.append(output)
+        return stdio.parents[0], outputs[0], outputs[1]
+
+    def _be_worker(self, beginning: Beginning, masters_end: Channel) -> int:
+        """In the child: let go of all that is the master's, then begin."""
         masters_end.close()
         for handle in self._workers.values():
             handle.close()
-        self._dispatcher.close()
-        self._inbox.close_inherited()
-        for listener in self._plan.listeners:
-            if listener.sharing is Sharing.HANDOFF:
-                listener.close()  # only the master accepts
-            else:
-                listener.close_others(seat.slot)
-        return self._plan.target(seat)
+        self.reactor.close_in_child()
+        self.dispatcher.close()
+        if self._inbox is not None:
+            self._inbox.close_inherited()
+        return beginning.run(self.listeners.inherit(beginning.seat.slot))
 
     # ---- what workers say ----
 
     def _on_message(self, handle: WorkerHandle, message: Message) -> None:
-        if message.kind is Kind.ACK:
-            self._dispatcher.hear(handle, message.body)
-        elif message.kind is Kind.CONTROL:
-            getattr(self, f"_hear_{message.body['type']}")(handle, message.body)
+        match message.kind:
+            case Kind.ACK:
+                self.dispatcher.hear(handle, message.body)
+            case Kind.PUBLISH:
+                self._topics.publish(message.body)
+            case Kind.USER:
+                if not self.emit("message", message.body, message.handle, handle=handle):
+                    message.discard()
+            case Kind.CONTROL:
+                getattr(self, f"_hear_{message.body['type']}")(handle, message.body)
 
-    def _hear_online(self, handle: WorkerHandle, _body: dict[str, str]) -> None:
+    def _hear_online(self, handle: WorkerHandle, _body: dict[str, Any]) -> None:
         if handle.advance(State.ONLINE):
-            handle.emit("online")
-            self._emit("online", handle)
+            if self.keeper is not None:
+                self.keeper.hear_ready(handle)
+            self.emit("online", handle=handle)
 
-    def _hear_listening(self, handle: WorkerHandle, body: dict[str, str]) -> None:
-        """It accepts on all its addresses."""
-        self._plan.board[handle.slot].deadline = 0.0
-        if not handle.advance(State.LISTENING):
-            return
-        handle.listening_since = self._reactor.now()
-        if not self._anybody_booted:
-            log.info("%s", body["application"])
-        self._anybody_booted = True
-        for index, listener in enumerate(self._plan.listeners):
-            if listener.sharing is Sharing.HANDOFF:
-                self._dispatcher.join(handle, index)
-        took = handle.listening_since - handle.started_at
+    def _hear_attached(self, handle: WorkerHandle, _body: dict[str, Any]) -> None:
+        """A loop of its reads the channel: it can be asked by a message."""
+        handle.hears = True
+
+    def _hear_listen(self, handle: WorkerHandle, question: dict[str, Any]) -> None:
+        """It asks for a listener. What is wrong with it is the worker's to handle."""
+        answer: dict[str, Any] = {"type": "listener", "question": question["question"]}
+        descriptors: list[int] = []
+        try:
+            shared = self.listeners.ask(handle, question, self.settings)
+            answer |= {"listener": shared.index, "address": str(shared.listener.address)}
+            if not shared.is_handed_off:
+                descriptors.append(shared.listener.socket_for(handle.slot).fileno())
+        except (PreforkError, OSError) as error:
+            number = getattr(error, "errno", None)
+            answer |= {"error": str(error), "errno": number or errno.EINVAL}
+        handle.tell(answer, descriptors)
+
+    def _hear_listening(self, handle: WorkerHandle, body: dict[str, Any]) -> None:
+        """It accepts on these listeners."""
+        if handle.state is State.ONLINE:
+            handle.advance(State.LISTENING)
+            self._tell_that_it_listens(handle, body["application"])
+        for index in body["listeners"]:
+            shared = self.listeners.join(handle, index) if handle.state is State.LISTENING else None
+            if shared is not None:
+                self.emit("listening", shared.listener.address, handle=handle)
+
+    def _tell_that_it_listens(self, handle: WorkerHandle, application: str | None) -> None:
+        if self.keeper is not None:
+            if application is not None and not self.keeper.anybody_booted:
+                log.info("%s", application)
+            self.keeper.hear_ready(handle)
+        took = self.reactor.now() - handle.started_at
         log.info("%s is listening, %.0f ms after its fork", handle.describe(), took * 1000)
-        for listener in self._plan.listeners:
-            handle.emit("listening", listener.address)
-            self._emit("listening", handle, listener.address)
 
-    def _hear_failed(self, handle: WorkerHandle, body: dict[str, str]) -> None:
+    def _hear_unlisten(self, handle: WorkerHandle, body: dict[str, Any]) -> None:
+        self.listeners.leave(handle, body["listener"])
+
+    def _hear_subscribe(self, handle: WorkerHandle, body: dict[str, Any]) -> None:
+        self._topics.subscribe(handle, body["topic"])
+
+    def _hear_unsubscribe(self, handle: WorkerHandle, body: dict[str, Any]) -> None:
+        self._topics.unsubscribe(handle, body["topic"])
+
+    def _hear_failed(self, handle: WorkerHandle, body: dict[str, Any]) -> None:
         """It will exit, and says why."""
         handle.boot_failure = BootFailure(body["sentence"], body["traceback"], int(body["code"]))
-        if not self._is_stopping:
+        if not self.is_stopping:
             _log_boot_failure(handle.describe(), handle.boot_failure)
-            if not self._anybody_booted:
-                self._give_up(NEVER_BOOTED, handle)
+            if self.keeper is not None:
+                self.keeper.hear_failed(handle)
 
-    def _hear_draining(self, handle: WorkerHandle, _body: dict[str, str]) -> None:
+    def _hear_draining(self, handle: WorkerHandle, _body: dict[str, Any]) -> None:
         """It leaves: by itself, or because it was asked to."""
         self._watch_leaving(handle)
 
     def _on_channel_end(self, source: ChannelSource) -> None:
         """Nothing more will be heard of it; its exit is told by its pidfd."""
-        self._reactor.remove(source)
-        source.handle.channel.close()
+        handle = source.handle
+        self.reactor.remove(source)
+        handle.channel.close()
+        self.dispatcher.leave(handle)
+        self._topics.forget(handle)
+        # What it says after this, it says by its exit.
+        handle.exited_after_disconnect = bool(handle.exited_after_disconnect)
+        handle.advance(State.DISCONNECTED)
+        self.emit("disconnect", handle=handle)
 
     # ---- how workers end ----
-
-    def _check_boot(self, handle: WorkerHandle) -> None:
-        if handle.state >= State.LISTENING or not self._plan.board[handle.slot].deadline:
-            return
-        timeout = self._plan.settings.boot_timeout
-        handle.passed_deadline = f"it did not boot within {timeout:g} s (--boot-timeout)"
-        log.error(
-            "%s hangs: %s; its stacks follow on stderr, then it is killed", handle.describe(), handle.passed_deadline
-        )
-        handle.kill(signal.SIGABRT)
-        self._reactor.call_later(ABORT_GRACE, lambda: handle.kill(signal.SIGKILL))
 
     def _on_exit(self, source: ExitSource) -> None:
         handle = source.handle
@@ -255,33 +365,21 @@ class Master:
         handle.exit_status = status
         if os.getpid() == 1:  # it may have stood before them in the line
             reap_orphans(self._pids())
-        self._reactor.remove(source)
+        self.reactor.remove(source)
         self._forget(handle)
-        ending = handle.ending(self._reactor.now())
+        ending = handle.ending(self.reactor.now())
         handle.exit_cause = cause_of(ending)
         handle.advance(State.EXITED)
         self._log_exit(handle)
-        handle.emit("exit", ending.code, ending.signal)
-        self._emit("exit", handle, ending.code, ending.signal)
-
-        record = self._slots[handle.slot]
-        record.handle = None
-        if self._is_stopping:
-            return
-        if record.index >= self._wanted:
-            self._vacate(record)
-            return
-        decision = after_exit(ending, record.failures, self._anybody_booted)
-        if isinstance(decision, GiveUp):
-            self._give_up(decision.reason, handle)
-        else:
-            self._start_again(record, handle, decision)
+        self.emit("exit", ending.code, ending.signal, handle=handle)
+        if self.keeper is not None:
+            self.keeper.hear_exit(handle)
 
     def _hear_last_words(self, handle: WorkerHandle) -> None:
         if not handle.channel.is_closed:
-            source = ChannelSource(handle, self._on_message, self._on_channel_end)
-            self._reactor.add(source)  # replaces the one that watches the same channel
-            source.on_readable()
+            source = ChannelSource(handle, self.reactor, self._on_message, self._on_channel_end)
+            self.reactor.add(source)  # replaces the one that watches the same channel
+            source.read_all()
             if not handle.channel.is_closed:  # a process that it started may hold the other end
                 self._on_channel_end(source)
 
@@ -290,13 +388,15 @@ class Master:
 
     def _forget(self, handle: WorkerHandle) -> None:
         del self._workers[handle.id]
-        self._dispatcher.lose(handle)
+        handle.stats.pid = handle.stats.load = 0  # nobody is to wait for it
+        self.dispatcher.lose(handle)
+        self.listeners.leave(handle)
         handle.close()
 
     def _log_exit(self, handle: WorkerHandle) -> None:
         if self._exit_code:
             level = logging.DEBUG  # the reason was told; what follows from it would bury it
-        elif handle.exit_cause is ExitCause.RETIRED or self._is_stopping:
+        elif handle.exit_cause is ExitCause.RETIRED or self.is_stopping:
             level = logging.INFO
         else:
             level = logging.ERROR
@@ -309,86 +409,26 @@ class Master:
             f", {handle.passed_deadline}" if handle.passed_deadline else f" ({handle.exit_cause})",
         )
 
-    def _start_again(self, record: SlotRecord, dead: WorkerHandle, decision: StartAgain) -> None:
-        record.failures = decision.failures
-        if not decision.delay:
-            self._start(record)
-            return
-        log.warning(
-            "slot %d failed %d times in a row, last as %s: %s; starting another in %.2g s",
-            record.index,
-            record.failures,
-            dead.describe(),
-            dead.exit_cause,
-            decision.delay,
-        )
-        record.restart = self._reactor.call_later(decision.delay, lambda: self._start(record))
-
     # ---- signals ----
 
     def _on_signal(self, number: signal.Signals) -> None:
         match number:
             case signal.SIGTERM:
-                self._stop("SIGTERM")
-            case signal.SIGINT if self._is_stopping:
-                self._stop_at_once("SIGINT while stopping")
+                self.stop("SIGTERM")
+            case signal.SIGINT if self.is_stopping:
+                self._quit("SIGINT while stopping")
             case signal.SIGINT:
-                self._stop("SIGINT")
+                self.stop("SIGINT")
             case signal.SIGQUIT:
-                self._stop_at_once("SIGQUIT")
+                self._quit("SIGQUIT")
             case signal.SIGUSR1:
                 self._reopen_logs()
-            case signal.SIGTTIN:
-                self._scale(self._wanted + 1)
-            case signal.SIGTTOU:
-                self._scale(self._wanted - 1)
+            case signal.SIGTTIN | signal.SIGTTOU if self.keeper is not None:
+                self.keeper.scale(1 if number is signal.SIGTTIN else -1)
             case signal.SIGCHLD if os.getpid() == 1:
                 reap_orphans(self._pids())
             case signal.SIGHUP | signal.SIGUSR2:
                 log.warning("ignored %s: this version does not reload; stop it and start it again", number.name)
-
-    def _scale(self, wanted: int) -> None:
-        if self._is_stopping:
-            return
-        most = len(self._plan.board)
-        if not 1 <= wanted <= most:
-            log.warning("stays at %d workers: %d were asked for, 1 to %d are possible", self._wanted, wanted, most)
-            return
-        log.info("scaling from %d to %d workers", self._wanted, wanted)
-        self._wanted = wanted
-        self._fill_slots()
-        for record in self._slots[wanted:]:
-            if record.restart is not None:
-                record.restart.cancel()
-                record.restart = None
-            if record.handle is None:
-                self._vacate(record)
-            elif not record.handle.exited_after_disconnect:
-                self._retire(record.handle)
-
-    def _vacate(self, record: SlotRecord) -> None:
-        """Nobody will accept on this slot's own sockets again: the kernel must send them nothing."""
-        for listener in self._plan.listeners:
-            listener.release(record.index)
-
-    def _retire(self, handle: WorkerHandle) -> None:
-        self._watch_leaving(handle)
-        handle.ask_to_leave()
-
-    def _watch_leaving(self, handle: WorkerHandle) -> None:
-        """It accepts nothing more from now on, and has a bounded time to end."""
-        self._dispatcher.leave(handle)
-        if not handle.exited_after_disconnect:
-            handle.exited_after_disconnect = True
-            timeout = self._plan.settings.graceful_timeout + KILL_GRACE
-            self._reactor.call_later(timeout, lambda: self._kill_late(handle, timeout))
-        if handle.state is State.LISTENING:
-            handle.advance(State.DRAINING)
-
-    def _kill_late(self, handle: WorkerHandle, timeout: float) -> None:
-        if not handle.is_dead():
-            handle.passed_deadline = f"it did not end within {timeout:g} s of being asked to"
-            handle.kill(signal.SIGKILL)
 
     def _reopen_logs(self) -> None:
         log.info("reopening the logs")
@@ -396,74 +436,67 @@ class Master:
         for handle in self._workers.values():
             handle.tell({"type": "reopen_logs"})
 
-    # ---- certificates ----
+    # ---- leaving ----
 
-    def _renew_certificates(self) -> None:
-        """Workers may not read the files any more, so they are told what is in them; those to come inherit it."""
-        assert self._plan.tls is not None
-        self._reactor.call_later(RENEWAL_INTERVAL, self._renew_certificates)
-        try:
-            pem = self._plan.tls.renew()
-        except TLSError as error:
-            log.error("the changed TLS files are not used, what they held before still is: %s", error)
-            return
-        if pem is not None:
-            log.info("new connections get the renewed TLS certificates")
-            for handle in self._workers.values():
-                handle.tell({"type": "certificates", "pem": pem.to_message()})
+    def _retire(self, handle: WorkerHandle) -> None:
+        self._watch_leaving(handle)
+        handle.ask_to_leave()
+
+    def _watch_leaving(self, handle: WorkerHandle) -> None:
+        """It accepts nothing more from now on, and has a bounded time to end."""
+        self.dispatcher.leave(handle)
+        is_news = handle.exited_after_disconnect is None
+        handle.exited_after_disconnect = True
+        if is_news and handle.grace:
+            timeout = handle.grace + KILL_GRACE
+            self.reactor.call_later(timeout, lambda: self._kill_late(handle, timeout))
+        if handle.advance(State.DRAINING):
+            self.emit("draining", handle=handle)
+
+    def _kill_late(self, handle: WorkerHandle, timeout: float) -> None:
+        if not handle.is_dead():
+            handle.passed_deadline = f"it did not end within {timeout:g} s of being asked to"
+            handle.signal(signal.SIGKILL)
 
     # ---- stopping ----
 
-    def _stop(self, reason: str) -> None:
+    def stop(self, reason: str) -> None:
         """Accept nothing more, let the workers finish, end."""
-        if self._is_stopping:
+        if self.is_stopping:
             return
-        self._is_stopping = True
-        log.info(
-            "stopping (%s): what is in flight is finished, for up to %g s",
-            reason,
-            self._plan.settings.graceful_timeout,
-        )
+        log.info("stopping (%s): what is in flight is finished, for up to %g s", reason, self.settings.graceful_timeout)
         self._close_doors()
         for handle in list(self._workers.values()):
-            self._retire(handle)
+            handle.disconnect()
 
-    def _stop_at_once(self, reason: str) -> None:
-        log.info("stopping at once (%s)", reason)
-        self._kill_all()
-
-    def _kill_all(self) -> None:
-        self._is_stopping = True
+    def stop_at_once(self, code: int = 0) -> None:
+        """Kill all workers; `run` returns *code*."""
+        self._exit_code = self._exit_code or code
         self._close_doors()
         for handle in self._workers.values():
-            handle.kill(signal.SIGKILL)
+            handle.signal(signal.SIGKILL)
 
-    def _give_up(self, reason: str, failed: WorkerHandle) -> None:
-        if self._is_stopping:
-            return
-        failure = failed.boot_failure
-        self._exit_code = BOOT_FAILED if failure is None else failure.code
-        log.error("giving up: %s", reason)
-        self._kill_all()
+    def _quit(self, reason: str) -> None:
+        log.info("stopping at once (%s)", reason)
+        self.stop_at_once()
 
     def _close_doors(self) -> None:
-        for index, listener in enumerate(self._plan.listeners):
-            self._dispatcher.shut(index)
-            listener.close()
-        for record in self._slots:
-            if record.restart is not None:
-                record.restart.cancel()
+        self.is_stopping = True
+        if self.keeper is not None:
+            self.keeper.hear_stopping()
+        self.listeners.close()
 
-    def _clean_up(self) -> None:
+    def close(self) -> None:
         """Leave nothing behind, whatever ended the loop."""
         for handle in list(self._workers.values()):  # only after an error of our own
-            handle.kill(signal.SIGKILL)
-            os.waitpid(handle.pid, 0)
+            handle.signal(signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(handle.pid, 0)
             self._forget(handle)
-        self._dispatcher.close()
-        for listener in self._plan.listeners:
-            listener.close()
-        self._reactor.close()
+        self.listeners.close()
+        self.dispatcher.close()
+        self.reactor.close()
+        self.board.close()
 
 
 def _log_boot_failure(who: str, failure: BootFailure) -> None:

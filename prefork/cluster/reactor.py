@@ -14,7 +14,7 @@ import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 READABLE = select.POLLIN | select.POLLPRI
 WRITABLE = select.POLLOUT
@@ -40,6 +40,13 @@ class Source(Protocol):
     def on_writable(self) -> None: ...
 
 
+@runtime_checkable
+class Owner(Protocol):
+    """A source that owns its descriptor."""
+
+    def close(self) -> None: ...
+
+
 @dataclass(order=True, slots=True)
 class Timer:
     """A call at an instant of the monotonic clock."""
@@ -47,9 +54,14 @@ class Timer:
     when: float
     order: int
     call: Callable[[], None] | None = field(compare=False)
+    on_cancel: Callable[[], None] | None = field(compare=False, default=None)
 
     def cancel(self) -> None:
-        self.call = None
+        """Not to be called any more. Too late, or again, it has no effect."""
+        if self.call is not None:
+            self.call = None
+            if self.on_cancel is not None:
+                self.on_cancel()
 
 
 class Reactor:
@@ -61,6 +73,7 @@ class Reactor:
         self._sources: dict[int, Source] = {}
         self._masks: dict[int, int] = {}
         self._timers: list[Timer] = []
+        self._soon: list[Callable[[], object]] = []
         self._order = itertools.count()
 
     def add(self, source: Source) -> None:
@@ -75,14 +88,20 @@ class Reactor:
         if self._sources.pop(descriptor, None) is not None and self._masks.pop(descriptor):
             self._poll.unregister(descriptor)
 
-    def call_later(self, delay: float, call: Callable[[], None]) -> Timer:
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """*call* once, at the beginning of the next turn: before anything that arrives."""
+        self._soon.append(call)
+
+    def call_later(self, delay: float, call: Callable[[], None], on_cancel: Callable[[], None] | None = None) -> Timer:
         """*call* once, *delay* seconds from now."""
-        timer = Timer(self.now() + delay, next(self._order), call)
+        timer = Timer(self.now() + delay, next(self._order), call, on_cancel)
         heapq.heappush(self._timers, timer)
         return timer
 
     def turn(self) -> None:
         """Wait until something is ready or due, then handle all of it, timers last."""
+        while self._soon:
+            self._soon.pop(0)()
         self._refresh_masks()
         for descriptor, events in self._poll.poll(self._patience()):
             # An earlier handler of this turn may have removed it, or put another in its place:
@@ -108,6 +127,8 @@ class Reactor:
 
     def _patience(self) -> float | None:
         """Milliseconds until the next timer; None for ever."""
+        if self._soon:
+            return 0.0
         while self._timers and self._timers[0].call is None:
             heapq.heappop(self._timers)
         if not self._timers:
@@ -117,12 +138,20 @@ class Reactor:
     def _run_due(self) -> None:
         now = self.now()
         while self._timers and self._timers[0].when <= now:
-            call = heapq.heappop(self._timers).call
+            timer = heapq.heappop(self._timers)
+            call, timer.call = timer.call, None
             if call is not None:
                 call()
+
+    def close_in_child(self) -> None:
+        """After a fork: give back what only the parent watches."""
+        for source in self._sources.values():
+            if isinstance(source, Owner):
+                source.close()
 
     def close(self) -> None:
         """Forget everything; there is no descriptor of its own to give back."""
         self._sources.clear()
         self._masks.clear()
         self._timers.clear()
+        self._soon.clear()

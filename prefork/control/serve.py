@@ -20,31 +20,25 @@ from typing import Any
 
 from prefork import log as logs
 from prefork.cluster.api import Cluster, the_cluster
+from prefork.cluster.lifecycle import State
 from prefork.cluster.picks import Pick, make_pick
-from prefork.cluster.plan import Plan, Seat
 from prefork.config import Settings
 from prefork.control.place import Stopped, alone, check_place, current_directory, prepare_environment, signals_caught
-from prefork.errors import ConfigError, ImportFailed, ListenError, LoadError
+from prefork.errors import ConfigError, ImportFailed, ListenError, LoadError, TLSError
 from prefork.log import AccessLog
-from prefork.net.address import TCPAddress, parse_address
+from prefork.net.address import Address, TCPAddress, UDPAddress, absolute, parse_address
 from prefork.net.listener import Listener
 from prefork.net.sharing import Sharing
-from prefork.net.tls import TLS, TLSFiles
+from prefork.net.tls import RENEWAL_INTERVAL, TLS
 from prefork.process.identity import owner, resolve
 from prefork.process.pidfile import PidFile
 from prefork.process.signals import SignalInbox
 from prefork.process.status import LOAD_FAILED
-from prefork.scoreboard import Scoreboard
 from prefork.worker import main as worker_main
 from prefork.worker.loop import loop_factory
-from prefork.worker.main import Equipment, Worker
+from prefork.worker.main import Equipment
 
 log = logging.getLogger("prefork")
-
-# The scoreboard cannot grow after the first fork. This many slots leave room for TTIN; a slot
-# that was never used costs no memory.
-LEAST_SLOTS = 64
-SPARE_FACTOR = 4
 
 
 def serve(app: Any, **settings: Any) -> None:
@@ -86,7 +80,7 @@ def _start(settings: Settings, cluster: Cluster, inbox: SignalInbox, leave: Exit
     access_log = AccessLog.open(settings.access_log, settings.log_format, owner=file_owner)
     if access_log is not None:
         leave.callback(access_log.close)
-    tls = _load_tls(settings)
+    tls = worker_main.load_tls(settings)
     loop_factory(settings.loop)  # refuses what is not installed
     listeners = _open_listeners(settings, leave)
     if settings.pidfile:
@@ -94,30 +88,38 @@ def _start(settings: Settings, cluster: Cluster, inbox: SignalInbox, leave: Exit
         pidfile.write()
         leave.callback(pidfile.remove)
     prepare_environment(settings, directory, leave)
-    _announce(settings, listeners)
+    _announce(settings, [listener for _, listener in listeners])
     try:
         application = worker_main.load(settings) if settings.preload else None
     except LoadError as error:
         log.error("%s", _with_traceback(str(error), error))
         return LOAD_FAILED
+    leave.callback(cluster.close)
     _call_hooks(settings.hooks, cluster)
     pick = _make_pick(settings)
-    board = Scoreboard(max(LEAST_SLOTS, SPARE_FACTOR * settings.worker_count))
-    equipment = Equipment(settings, listeners, identity, tls, application, access_log)
+    cluster.setup_master(
+        uid=identity,
+        sharing=settings.sharing,
+        pick=pick,
+        backlog=settings.backlog,
+        graceful_timeout=settings.graceful_timeout,
+    )
+    for asked, listener in listeners:
+        cluster.hold(asked, listener, pick)
+    bind = tuple(str(asked) for asked, _ in listeners)
+    equipment = Equipment(settings, bind, tls, application, access_log, is_alone=settings.worker_count == 1)
+    cluster.keep(
+        settings.worker_count,
+        _be_worker,
+        cluster,
+        equipment,
+        boot_timeout=settings.boot_timeout,
+        ready=State.LISTENING,
+    )
+    if tls is not None:
+        _renew_certificates(cluster, tls)
     _settle_memory(leave)
-    return cluster.run(_plan(settings, cluster, equipment, board, pick), inbox)
-
-
-def _plan(settings: Settings, cluster: Cluster, equipment: Equipment, board: Scoreboard, pick: Pick) -> Plan:
-    def be_worker(seat: Seat) -> int:
-        worker = Worker(seat.id, seat.slot, seat.generation, seat.master)
-        cluster.become_worker(worker)
-        return worker_main.run(worker, seat.channel, board[seat.slot], equipment)
-
-    return Plan(be_worker, settings, settings.worker_count, equipment.listeners, board, tls=equipment.tls, pick=pick)
-
-
-# ---- before the start ----
+    return cluster.run(inbox)
 
 
 def _make_pick(settings: Settings) -> Pick:
@@ -129,19 +131,36 @@ def _make_pick(settings: Settings) -> Pick:
     return pick
 
 
-def _load_tls(settings: Settings) -> TLS | None:
-    if not settings.certfile:
-        return None
-    files = TLSFiles.named(
-        settings.certfile, settings.keyfile, settings.client_ca or None, settings.client_cert == "required"
-    )
-    return TLS(files, settings.keyfile_password or None)
+def _be_worker(cluster: Cluster, equipment: Equipment) -> int:
+    """In a worker: serve."""
+    assert cluster.worker is not None
+    return worker_main.serve(cluster.worker, equipment)
 
 
-def _open_listeners(settings: Settings, leave: ExitStack) -> list[Listener]:
+def _renew_certificates(cluster: Cluster, tls: TLS) -> None:
+    """Workers may not read the files any more, so they are told what is in them; those to come inherit it."""
+    cluster.call_later(RENEWAL_INTERVAL, lambda: _renew_certificates(cluster, tls))
+    try:
+        pem = tls.renew()
+    except TLSError as error:
+        log.error("the changed TLS files are not used, what they held before still is: %s", error)
+        return
+    if pem is not None:
+        log.info("new connections get the renewed TLS certificates")
+        for handle in cluster.workers.values():
+            handle.tell({"type": "certificates", "pem": pem.to_message()})
+
+
+# ---- before the start ----
+
+
+def _open_listeners(settings: Settings, leave: ExitStack) -> list[tuple[Address, Listener]]:
     addresses = [parse_address(text) for text in settings.bind]
-    listeners: list[Listener] = []
+    listeners: list[tuple[Address, Listener]] = []
     for address in addresses:
+        asked = absolute(address)
+        if isinstance(address, UDPAddress):
+            raise ConfigError(f"bind {address} is for datagrams, and HTTP needs connections")
         try:
             listener = Listener.open(
                 address,
@@ -153,10 +172,10 @@ def _open_listeners(settings: Settings, leave: ExitStack) -> list[Listener]:
             )
         except ListenError as error:
             if error.errno == errno.EADDRINUSE and isinstance(address, TCPAddress):
-                raise _in_use(address, listeners, error) from error
+                raise _in_use(address, [ours for _, ours in listeners], error) from error
             raise
         leave.callback(listener.close)
-        listeners.append(listener)
+        listeners.append((asked, listener))
     return listeners
 
 

@@ -51,6 +51,7 @@ class Threads:
         self._is_announced = False  # the loop has been woken and has not looked yet
         self._all_ended = asyncio.Event()
         self.is_draining = False
+        self.on_room: Callable[[], object] | None = None  # called in the loop when a thread may have become free
 
     # ---- the loop ----
 
@@ -66,6 +67,10 @@ class Threads:
             self._start()
         self._unfinished.add(job)
         self._queue.put(job)
+
+    def is_full(self) -> bool:
+        """A job that is posted now has to wait."""
+        return len(self._unfinished) >= self._count
 
     def drain(self) -> None:
         """The worker leaves."""
@@ -106,6 +111,8 @@ class Threads:
                 self.loop.call_soon(self._settle)
         if not self._unfinished:
             self._all_ended.set()
+        if self.on_room is not None:
+            self.on_room()
 
     # ---- a thread ----
 

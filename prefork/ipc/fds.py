@@ -1,6 +1,6 @@
 """Descriptors across a unix socket, and `Fds`, which owns those that arrived.
 
-Both calls are non-blocking whatever the socket's flag says, because another process may share the
+All calls are non-blocking whatever the socket's flag says, because another process may share the
 open file description and with it the flag. Plain recv(2) must never touch such a socket: it
 discards descriptors in silence. So does `socket.recv_fds`, which ignores the flags it is given and
 leaves descriptors open across exec(2).
@@ -23,38 +23,58 @@ from prefork.ipc.frames import MAX_FDS
 _INT_SIZE = array.array("i").itemsize
 _ANCILLARY_SIZE = socket.CMSG_SPACE(MAX_FDS * _INT_SIZE)
 
+# Plain integers: the operators of an enum's members cost more than the system call.
+_SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_RECEIVE_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_CTRUNC = int(socket.MSG_CTRUNC)
 
-def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int] = ()) -> int:
-    """Send what the kernel takes of *data* and say how much, which is at least one byte.
+Buffer = bytes | bytearray | memoryview
+
+
+def send(sock: socket.socket, pieces: Sequence[Buffer], fds: Sequence[int] = ()) -> int:
+    """Send what the kernel takes of *pieces* and say how much, which is at least one byte.
 
     *fds* ride with the first byte. Once it is taken the message in flight holds its own references
     and ours may be closed. Raises BlockingIOError if nothing was taken.
     """
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    return sock.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    if fds:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        return sock.sendmsg(pieces, ancillary, _SEND_FLAGS)
+    if len(pieces) == 1:
+        return sock.send(pieces[0], _SEND_FLAGS)
+    return sock.sendmsg(pieces, (), _SEND_FLAGS)
 
 
-def receive(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+def receive(sock: socket.socket, size: int) -> tuple[bytes, Sequence[int], bool]:
     """At most *size* bytes, b"" at the end, with the descriptors that rode on them (close-on-exec).
 
-    Raises BlockingIOError if there is nothing to read, and FrameError if descriptors were lost.
+    The third is true if descriptors were lost: our own table of descriptors is full, says unix(7),
+    or more came than `MAX_FDS`. None of them is returned then. Raises BlockingIOError if there is
+    nothing to read.
     """
-    flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-    data, ancillary, came, _ = sock.recvmsg(size, _ANCILLARY_SIZE, flags)
-    fds = _descriptors(ancillary)
-    if came & socket.MSG_CTRUNC:
-        close_all(fds)
-        # unix(7): also what the kernel says when our own table of descriptors is full.
-        raise FrameError(f"descriptors were lost: only {len(fds)} came through, of at most {MAX_FDS}")
-    return data, fds
+    data, ancillary, came, _ = sock.recvmsg(size, _ANCILLARY_SIZE, _RECEIVE_FLAGS)
+    if not ancillary and not came & _CTRUNC:
+        return data, (), False
+    return data, *_descriptors(ancillary, came)
 
 
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+def receive_into(sock: socket.socket, room: memoryview) -> tuple[int, Sequence[int], bool]:
+    """The same into *room*; how many bytes they were, 0 at the end."""
+    count, ancillary, came, _ = sock.recvmsg_into((room,), _ANCILLARY_SIZE, _RECEIVE_FLAGS)
+    if not ancillary and not came & _CTRUNC:
+        return count, (), False
+    return count, *_descriptors(ancillary, came)
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]], came: int) -> tuple[Sequence[int], bool]:
     fds = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(data[: len(data) - len(data) % _INT_SIZE])  # a truncated one may end anywhere
-    return fds.tolist()
+    if came & _CTRUNC:
+        close_all(fds)  # the others without those that are lost would go to the wrong frame
+        return (), True
+    return fds.tolist(), False
 
 
 def close_all(fds: Iterable[int]) -> None:
@@ -103,3 +123,7 @@ class Fds:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+# What a message without descriptors owns. Empty for ever, so one is enough for all.
+NO_FDS = Fds()

@@ -5,6 +5,7 @@
     8000             this machine only (127.0.0.1)
     unix:/run/app.sock   unix:app.sock   unix:@name (Linux's abstract namespace)
     fd://3           a listening socket we were started with
+    udp://127.0.0.1:8000   udp://:8000   datagrams, for servers that are not HTTP
 
 An address that exists is valid, and `parse_address(str(address)) == address`.
 """
@@ -12,6 +13,7 @@ An address that exists is valid, and `parse_address(str(address)) == address`.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -97,7 +99,25 @@ class FdAddress:
         return str(self)
 
 
-Address: TypeAlias = TCPAddress | UnixAddress | FdAddress
+@dataclass(frozen=True, slots=True)
+class UDPAddress:
+    """A host and a port for datagrams."""
+
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        TCPAddress(self.host, self.port)  # the same rules
+
+    def __str__(self) -> str:
+        return f"udp://{TCPAddress(self.host, self.port)}"
+
+    def url(self, scheme: str) -> str:
+        """The same as `str`: HTTP is not spoken here."""
+        return str(self)
+
+
+Address: TypeAlias = TCPAddress | UnixAddress | FdAddress | UDPAddress
 
 
 def parse_address(text: str) -> Address:
@@ -107,9 +127,19 @@ def parse_address(text: str) -> Address:
             return UnixAddress(text.removeprefix("unix:"))
         if text.startswith("fd://"):
             return FdAddress(_number(text.removeprefix("fd://"), "descriptor"))
+        if text.startswith("udp://"):
+            tcp = _parse_tcp(text.removeprefix("udp://"))
+            return UDPAddress(tcp.host, tcp.port)
         return _parse_tcp(text.removeprefix("tcp://"))
     except AddressError as error:
         raise AddressError(f"{text!r} is not an address to bind: {error}") from None
+
+
+def absolute(address: Address) -> Address:
+    """*address*, so that it means the same after a change of the current directory, and in another process."""
+    if isinstance(address, UnixAddress) and not address.is_abstract:
+        return UnixAddress(os.path.abspath(address.path))
+    return address
 
 
 def _parse_tcp(text: str) -> TCPAddress:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TypeAlias
 
 from prefork.errors import ListenError, reason_of
-from prefork.net.address import Address, FdAddress, TCPAddress, UnixAddress
+from prefork.net.address import Address, FdAddress, TCPAddress, UDPAddress, UnixAddress
 
 # unix(7): sun_path has 108 bytes, of which a path needs one for its final NUL and an abstract
 # name one for its leading NUL.
@@ -45,9 +45,29 @@ def bind_tcp(address: TCPAddress, backlog: int, *, reuseport: bool = False) -> s
         raise _tcp_error(address, exc) from exc
 
 
-def _resolve(address: TCPAddress) -> list[tuple[socket.AddressFamily, _SockAddr]]:
+def bind_udp(address: UDPAddress) -> socket.socket:
+    """Bind for datagrams to the first thing *address* resolves to."""
+    family, sockaddr = _resolve(address, socket.SOCK_DGRAM)[0]
     try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setblocking(False)
+            sock.bind(sockaddr)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as exc:
+        raise _tcp_error(address, exc) from exc
+    return sock
+
+
+def _resolve(
+    address: TCPAddress | UDPAddress, kind: socket.SocketKind = socket.SOCK_STREAM
+) -> list[tuple[socket.AddressFamily, _SockAddr]]:
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=kind)
     # UnicodeError: a label of more than 63 bytes is refused before anyone is asked.
     except (socket.gaierror, UnicodeError) as exc:
         why = exc.strerror if isinstance(exc, socket.gaierror) else exc
@@ -80,7 +100,7 @@ def bound_address(sock: socket.socket) -> TCPAddress:
     return TCPAddress(f"{host}%{socket.if_indextoname(scope)}" if scope else host, port)
 
 
-def _tcp_error(address: TCPAddress, exc: OSError) -> ListenError:
+def _tcp_error(address: TCPAddress | UDPAddress, exc: OSError) -> ListenError:
     lowest = _lowest_free_port()
     if exc.errno == errno.EADDRINUSE:
         why = "it is in use, another process listens there"

@@ -13,8 +13,8 @@ import os
 import socket
 
 from prefork.errors import ListenError
-from prefork.net.address import Address, FdAddress, TCPAddress, UnixAddress
-from prefork.net.binding import SocketFile, adopt, bind_tcp, bind_unix, bound_address
+from prefork.net.address import Address, FdAddress, TCPAddress, UDPAddress, UnixAddress
+from prefork.net.binding import SocketFile, adopt, bind_tcp, bind_udp, bind_unix, bound_address
 from prefork.net.sharing import Sharing, effective_sharing
 
 # Sockets are kept by slot. Where all slots share one socket it is kept under this number.
@@ -62,10 +62,14 @@ class Listener:
         sharing = effective_sharing(sharing, address)
         if isinstance(address, FdAddress):
             return cls(address, sharing, {_SHARED: adopt(address.fd)}, backlog=backlog)
+        if isinstance(address, UDPAddress):
+            sock = bind_udp(address)
+            bound = bound_address(sock)
+            return cls(UDPAddress(bound.host, bound.port), sharing, {_SHARED: sock}, backlog=backlog)
         if isinstance(address, UnixAddress):
             sock, socket_file = bind_unix(address, backlog, unix_mode, unix_owner)
-            bound = address if socket_file is None else UnixAddress(socket_file.path)
-            return cls(bound, sharing, {_SHARED: sock}, backlog=backlog, socket_file=socket_file)
+            path = address if socket_file is None else UnixAddress(socket_file.path)
+            return cls(path, sharing, {_SHARED: sock}, backlog=backlog, socket_file=socket_file)
         sock = bind_tcp(address, backlog)
         listener = cls(bound_address(sock), sharing, {_SHARED: sock}, backlog=backlog)
         if sharing is Sharing.REUSEPORT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from prefork.net.address import Address, TCPAddress
+from prefork.net.address import Address, TCPAddress, UDPAddress
 
 
 class Sharing(StrEnum):
@@ -18,8 +18,11 @@ class Sharing(StrEnum):
 def effective_sharing(sharing: Sharing, address: Address) -> Sharing:
     """*sharing*, or what stands in for it where *address* cannot have it.
 
-    SO_REUSEPORT spreads nothing on a unix socket, and a descriptor we were given is one socket.
+    SO_REUSEPORT spreads nothing on a unix socket, and a descriptor we were given is one socket. Datagrams
+    have no connections that could be handed over.
     """
+    if isinstance(address, UDPAddress):
+        return Sharing.INHERIT
     if sharing is Sharing.REUSEPORT and not isinstance(address, TCPAddress):
         return Sharing.INHERIT
     return sharing

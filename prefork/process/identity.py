@@ -31,6 +31,10 @@ class Identity:
     def is_current(self) -> bool:
         return self.uid in (None, os.geteuid()) and self.gid in (None, os.getegid())
 
+    def describe(self) -> str:
+        user = self.user_name or ("(unchanged)" if self.uid is None else self.uid)
+        return f"user {user}, group {'(unchanged)' if self.gid is None else self.gid}"
+
     def assume(self) -> None:
         """Become this user and group for good. Raises PermissionError if not allowed to.
 

@@ -30,9 +30,13 @@ class SignalInbox:
         self.on_caught: Callable[[signal.Signals], None] | None = None
 
     def open(self) -> None:
-        """Start catching. Main thread only (`signal.signal` says so). A SIGHUP ignored by nohup(1) stays ignored."""
+        """Start catching. Raises ValueError outside of the main thread. A SIGHUP ignored by nohup(1) stays ignored."""
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._previous_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        try:
+            self._previous_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        except ValueError:
+            self.close_inherited()
+            raise
         for number in self._signals:
             if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue

@@ -159,7 +159,7 @@ class HTTPConnection(asyncio.Protocol):
             self._transfer.stop()
         self._rearm()
         self._service.leave(self)
-        self._service.slot.closed += 1
+        self._service.count_closed()
         self._release_writers()
         exchange = self._exchange
         if exchange is not None:
@@ -272,7 +272,10 @@ class HTTPConnection(asyncio.Protocol):
             exchange.feed_whole(body)
         if self._scheme == "https":  # the connection's own, whatever a proxy says
             exchange.tls = self._tls_facts()
-        self._has_served = True
+        if not self._has_served:
+            self._has_served = True
+            if service.gate is not None:
+                service.gate.on_first_request()
         service.slot.whole[BEGUN] += 1
         if service.access_log is not None:
             self._started_at = monotonic()  # the loop's clock stands still for a turn
@@ -358,7 +361,7 @@ class HTTPConnection(asyncio.Protocol):
             raise _gone()
         service = self._service
         self._sent = len(body)
-        if not more and not service.is_draining:
+        if not more and not service.ends_connections:
             data = self._http.send_whole(status, headers, body, date=service.date)
             if data:
                 self._transport.write(data)
@@ -369,7 +372,9 @@ class HTTPConnection(asyncio.Protocol):
                     self._regulate_reading()
                     self._rearm()
                 return
-        if service.is_draining or (not more and self._http.unread > DISCARD_LIMIT):
+        if (service.ends_connections and service.is_to_end(self._http.keep_alive)) or (
+            not more and self._http.unread > DISCARD_LIMIT
+        ):
             self._http.close_after()
         data, rest = self._http.send_head(status, headers, body, more, date=service.date)
         if not (more or self._http.keep_alive) and self._scheme == "http":

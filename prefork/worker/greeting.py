@@ -76,7 +76,7 @@ class Greeter:
         """Close one that was never served."""
         connection.close()
         self.service.slot.opened += 1
-        self.service.slot.closed += 1
+        self.service.count_closed()
         self.service.something_ended.set()
 
     def drain(self) -> None:

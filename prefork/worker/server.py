@@ -28,6 +28,7 @@ from prefork.net.proxy import ProxyHeader
 from prefork.net.tls import TLS
 from prefork.worker.connection import BegunConnection, HTTPConnection
 from prefork.worker.deadlines import NEVER, Sweep
+from prefork.worker.gate import Gate
 from prefork.worker.greeting import Greeter
 from prefork.worker.service import Service, endpoint
 
@@ -56,13 +57,20 @@ class Server:
     """Serves one worker's connections from `open` to the end of `drain`."""
 
     def __init__(
-        self, service: Service, tls: TLS | None, proxies: Trusted | None = None, *, is_alone: bool = False
+        self,
+        service: Service,
+        tls: TLS | None,
+        proxies: Trusted | None = None,
+        *,
+        is_alone: bool = False,
+        gate: Gate | None = None,
     ) -> None:
         """*proxies*: who must begin a connection with a PROXY header; None, and nobody may.
 
-        *is_alone*: nobody else accepts from our sockets.
+        *is_alone*: nobody else accepts from our sockets. *gate*: who says when to accept; None, and it is at once.
         """
         self._service = service
+        self._gate = service.gate = gate
         self._loop = service.loop
         self._tls = tls
         self._listening: set[Acceptor] = set()
@@ -86,7 +94,7 @@ class Server:
             _send_at_once(listening)  # inherited by what is accepted
             acceptor = Acceptor(listening)
             self._listening.add(acceptor)
-            self._loop.add_reader(listening.fileno(), self._accept, acceptor)
+            self._watch(acceptor)
 
     def adopt(self, connection: socket.socket, received: bytes = b"") -> bool:
         """Serve *connection*, of which somebody has read *received* already. False, and it stays the caller's, while draining.
@@ -103,6 +111,7 @@ class Server:
             return False
         accepted = Accepted.adopt(connection)
         _send_at_once(accepted)
+        self._service.slot.load += 1
         if received:
             self._start(accepted, make=partial(BegunConnection, received, self._service, accepted))
         else:
@@ -116,15 +125,18 @@ class Server:
             with socket.socket(fileno=descriptor) as known:
                 kind = self._kinds[listener] = int(known.family), int(known.type), known.proto
                 known.detach()
+        self._service.slot.load += 1
         self._receive(Accepted.take(descriptor, kind))
 
     def stop_accepting(self) -> None:
         """From the next instant on, no connection is accepted, and every answer says `Connection: close`."""
-        self._service.is_draining = True
+        self._service.drain()
+        if self._gate is not None:
+            self._gate.close()
         while self._listening:
-            listening = self._listening.pop().socket
-            self._loop.remove_reader(listening.fileno())
-            listening.close()
+            acceptor = self._listening.pop()
+            self._unwatch(acceptor)
+            acceptor.socket.close()
 
     async def drain(self, timeout: float) -> None:
         """Accept nothing more, finish what is in flight for up to *timeout* seconds, cut off the rest."""
@@ -146,6 +158,19 @@ class Server:
 
     # ---- accepting ----
 
+    def _watch(self, acceptor: Acceptor) -> None:
+        """Accept when there is something to accept, or when the gate says so."""
+        if self._gate is None:
+            self._loop.add_reader(acceptor.socket.fileno(), self._accept, acceptor)
+        else:
+            self._gate.watch(acceptor.socket.fileno(), partial(self._accept_one, acceptor))
+
+    def _unwatch(self, acceptor: Acceptor) -> None:
+        if self._gate is None:
+            self._loop.remove_reader(acceptor.socket.fileno())
+        else:
+            self._gate.unwatch(acceptor.socket.fileno())
+
     def _accept(self, acceptor: Acceptor) -> None:
         """With siblings, one connection per turn of the loop: a busy worker leaves the rest of the queue to them."""
         for _ in range(self._accepts):
@@ -153,22 +178,23 @@ class Server:
                 return
 
     def _accept_one(self, acceptor: Acceptor) -> bool:
-        """False if there is no more to accept now."""
+        """False if there is nothing to accept now."""
         try:
             connection = acceptor.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return False  # a sibling was faster, or the client left the queue
         except OSError as error:
             log.error("cannot accept a connection: %s; trying again in %g s", reason_of(error), ACCEPT_PAUSE)
-            self._loop.remove_reader(acceptor.socket.fileno())
+            self._unwatch(acceptor)
             self._loop.call_later(ACCEPT_PAUSE, self._accept_again, acceptor)
             return False
+        self._service.slot.load += 1
         self._receive(connection)
         return True
 
     def _accept_again(self, acceptor: Acceptor) -> None:
         if acceptor in self._listening:  # not closed meanwhile
-            self._loop.add_reader(acceptor.socket.fileno(), self._accept, acceptor)
+            self._watch(acceptor)
 
     # ---- from a socket to a transport ----
 
@@ -232,7 +258,7 @@ class Server:
         log.debug("a connection was lost before it began: %s", error)
         connection.close()
         self._service.slot.opened += 1
-        self._service.slot.closed += 1
+        self._service.count_closed()
         self._service.something_ended.set()
 
     def _forget(self, handshake: asyncio.Task[None]) -> None:

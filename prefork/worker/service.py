@@ -16,13 +16,14 @@ from prefork.gateway.make import Gateway
 from prefork.log import AccessLog
 from prefork.net.forwarded import Forwarding, Trusted
 from prefork.protocol.limits import Limits
-from prefork.scoreboard import Slot
+from prefork.scoreboard import LOAD, Slot
 from prefork.worker.batch import Batch
 from prefork.worker.deadlines import LINGER, NEVER, Awaited
 from prefork.worker.sendfile import Sockets
 
 if TYPE_CHECKING:
     from prefork.worker.connection import HTTPConnection
+    from prefork.worker.gate import Gate
     from prefork.worker.websocket import WebSocketConnection, WebSockets
 
 # Where the interpreter can, a task runs at once up to its first wait: whoever has to have one of its own costs the
@@ -57,6 +58,8 @@ class Service:
     )  # by default nobody is believed
     websockets: WebSockets | None = None  # None: the application takes none
     is_draining: bool = False
+    ends_connections: bool = False  # answers may have to say `Connection: close`: while draining, or as the gate wants
+    gate: Gate | None = None  # None: every connection is taken at once
     connections: set[HTTPConnection | WebSocketConnection] = field(default_factory=set)
     # Applications at work; a task outlives its response when the application goes on after it.
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -109,9 +112,28 @@ class Service:
         self.something_ended.set()
 
     def leave(self, connection: HTTPConnection | WebSocketConnection) -> None:
-        """*connection* is lost."""
+        """*connection* is lost, or has become another."""
         self.connections.discard(connection)
         self.something_ended.set()
+
+    def count_closed(self) -> None:
+        """A connection that was counted has ended."""
+        self.slot.closed += 1
+        self.slot.whole[LOAD] -= 1
+        if self.gate is not None:
+            self.gate.on_left()
+
+    def drain(self) -> None:
+        """From the next instant on every answer says `Connection: close`."""
+        self.is_draining = self.ends_connections = True
+
+    def set_shedding(self, is_shedding: bool) -> None:
+        """The gate wants kept-alive connections to end; it is asked for each."""
+        self.ends_connections = is_shedding or self.is_draining
+
+    def is_to_end(self, would_keep_alive: bool) -> bool:
+        """Whether the answer in hand is its connection's last. Asked only while `ends_connections`."""
+        return self.is_draining or (would_keep_alive and self.gate is not None and self.gate.sheds())
 
     @property
     def sockets(self) -> Sockets:

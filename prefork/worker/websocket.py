@@ -219,7 +219,7 @@ class WebSocketConnection(asyncio.Protocol):
         self._exchange.feed_end(LOST, "")
         self._release_writers()
         self._service.leave(self)
-        self._service.slot.closed += 1
+        self._service.count_closed()
 
     def data_received(self, data: bytes) -> None:
         self._is_heard = True

@@ -104,6 +104,7 @@ def test_channel_works_between_processes(pair: Pair, in_child: InChild):
     assert in_child(answer) == ["question"]
     child.close()
     assert bodies(parent.receive()) == ["answer"]
+    assert parent.receive() == []
     assert parent.is_eof
 
 
@@ -242,6 +243,7 @@ def test_end_is_seen_after_the_last_words(pair: Pair):
     one.close()
 
     assert bodies(other.receive()) == ["farewell"]
+    assert other.receive() == []
     assert other.is_eof
     assert not other.is_closed
     with pytest.raises(ChannelClosed, match="the other end of the channel is gone"):
@@ -256,6 +258,7 @@ def test_end_is_seen_although_our_own_words_were_not_read(pair: Pair):
     one.close()
 
     assert bodies(other.receive()) == ["farewell"]
+    assert other.receive() == []
     assert other.is_eof
 
 
@@ -357,7 +360,7 @@ def test_descriptor_that_is_not_open_is_the_senders_error(pair: Pair, keep: bool
 @pytest.mark.parametrize(
     ("wire", "why"),
     [
-        (b"GET / HTTP/1.1\r\n\r\n", "frame is of kind 47, known are 1 to 4"),
+        (b"GET / HTTP/1.1\r\n\r\n", "frame is of kind 47, known are 1 to 7"),
         (encode(Frame(Kind.USER, b"{not json")), "a frame of 9 bytes does not hold JSON: "),
         (encode(Frame(Kind.USER, b"\xff\xfe\xfd")), "a frame of 3 bytes does not hold JSON: "),
     ],

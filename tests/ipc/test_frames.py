@@ -15,6 +15,7 @@ frames = st.builds(
     st.sampled_from(Kind),
     st.binary(max_size=100),
     st.lists(st.integers(0, 1000), max_size=MAX_FDS).map(tuple),
+    st.just(False),
 )
 
 
@@ -98,8 +99,8 @@ def header(size: int, kind: int, count: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "fds", "why"),
     [
-        (bytes(HEADER_SIZE), [], "frame is of kind 0, known are 1 to 4"),
-        (header(0, 5, 0), [], "frame is of kind 5, known are 1 to 4"),
+        (bytes(HEADER_SIZE), [], "frame is of kind 0, known are 1 to 7"),
+        (header(0, 8, 0), [], "frame is of kind 8, known are 1 to 7"),
         (header(MAX_SIZE + 1, 1, 0), [], "frame claims 67108865 bytes, 67108864 are allowed"),
         (header(0, 1, MAX_FDS + 1), [], "frame claims 17 descriptors, 16 are allowed"),
         (header(0, 1, 2), [7], "frame claims 2 descriptors, 1 arrived"),
