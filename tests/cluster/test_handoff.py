@@ -386,3 +386,34 @@ def test_no_client_loses_when_workers_are_killed_with_connections_on_their_way(l
             server.wait_for(r"is listening, ", 3 + (1, 2, 4).index(victim) + 1)
             for client in clients:
                 client.close()
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_worker_out_of_descriptors_is_spared_and_others_serve(leave, loop):
+    """What could not reach it reaches another; it keeps what it has, and lives."""
+    few = {"FEW_FILES": "40"}
+    with Server("tests.apps.few_for_one:app", workers=2, sharing="handoff", loop=loop, environ=few) as server:
+        server.wait_ready(2)
+        clients = [ask(leave, server.port) for _ in range(120)]
+        shares = Counter(client.read().text for client in clients)
+
+        assert shares["0"] < 40
+        assert shares["1"] == 120 - shares["0"]
+        assert "out of descriptors: it is given no connections for 1 s" in server.log
+        assert " ended" not in server.log
+
+
+def test_with_all_workers_out_of_descriptors_clients_wait(leave):
+    """Nobody spins, nobody is turned away: who waits is served when others have gone."""
+    few = {"FEW_FILES": "40"}
+    with Server("tests.apps.few_files:app", workers=2, sharing="handoff", environ=few) as server:
+        server.wait_ready(2)
+        clients = [ask(leave, server.port, "/") for _ in range(100)]
+        server.wait_for("out of descriptors: it is given no connections for 1 s", 2)
+        before = processor_time(server.pid)
+        server.wait_for("out of descriptors: it is given no connections for 1 s", 4)
+        assert processor_time(server.pid) - before < 0.3, "it spins"
+        for client in clients:
+            assert client.read().text == "hello"
+            client.close()
+        assert " ended" not in server.log

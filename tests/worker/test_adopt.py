@@ -58,7 +58,7 @@ def test_what_was_read_before_comes_before_what_the_socket_has(loop, kind, block
             await writer.wait_closed()
         slot = service.slot
         await until(lambda: service.is_idle, service)
-        assert (slot.opened, slot.closed, slot.in_flight) == (len(WIRE) + 1, len(WIRE) + 1, 0)
+        assert (slot.opened, slot.closed, slot.in_flight, slot.load) == (len(WIRE) + 1, len(WIRE) + 1, 0, 0)
         await server.drain(1)
 
     run_beside_worker(test, gateway, loop=loop)
@@ -151,6 +151,8 @@ def test_a_descriptor_from_the_master_is_served(loop, kind):
             async with asyncio.timeout(DEADLINE):
                 assert (await reader.read()).count(b"HTTP/1.1 200") == 2
             writer.close()
+        await until(lambda: service.is_idle, service)
+        assert (service.slot.opened, service.slot.load) == (3, 0)
         await server.drain(1)
 
     run_beside_worker(test, gateway, loop=loop)
