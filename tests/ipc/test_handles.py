@@ -270,6 +270,16 @@ def test_files_and_descriptors_arrive_as_files_of_their_mode(pair: Pair, tmp_pat
         handed.close()
 
 
+def test_kept_file_is_flushed_before_its_duplicate_leaves(pair: Pair, tmp_path: Any):
+    """Otherwise what it holds back would come behind what the receiver writes."""
+    with (tmp_path / "file").open("w", encoding="utf-8") as file:
+        file.write("first ")
+        pair[0].send_user(None, file, keep=True)
+        with one_message(run(*pair)[1]).handle as handed:
+            handed.write(b"second")
+    assert (tmp_path / "file").read_bytes() == b"first second"
+
+
 def test_directory_arrives_as_a_descriptor(pair: Pair, tmp_path: Any):
     """Python has no file object for it, and openat(2) has a use for it."""
     (tmp_path / "file").write_bytes(b"")
@@ -483,6 +493,24 @@ def test_receipt_overtakes_what_waits_but_never_breaks_into_a_frame(pair: Pair):
 
 
 plans = st.lists(st.tuples(st.booleans(), st.sampled_from([0, 100, 70_000, 300_000])), max_size=6)
+
+
+def test_receipt_leaves_before_what_waits(pair: Pair):
+    """The other side holds a descriptor until it comes, and all its users' messages."""
+    one, other = pair
+    for _ in range(3):
+        one.send(LARGE)
+    reader, writer = os.pipe()
+    other.send_user(None, writer)
+    one.receive()[0].discard()
+
+    while one.wants_write and other._unacked is not None:
+        one.flush()
+        other.receive()
+
+    assert one._queued > len(LARGE)  # of two that waited
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 @settings(max_examples=60, deadline=None)
