@@ -46,6 +46,10 @@ GLANCES = 3
 # hundreds not every one is worth a wait.
 TOLERANCE = 1 / 16
 
+# Who lets turn after turn pass and does nothing else for so long, in seconds, is stopped, or has work in hand that takes
+# long. On a machine with too much to do a process may well get no processor for a few milliseconds: that is no reason.
+SILENCE = 0.02
+
 # A worker whose heart has not beaten for so long does not count, in seconds: five beats.
 STALE = 0.5
 
@@ -88,6 +92,9 @@ def excess(load: int, loads: Sequence[int]) -> int:
     return math.floor(load - mean) if load > mean * TOO_MUCH and load - mean >= TOO_MANY else 0
 
 
+Said = tuple[int, float]  # the load and the beat of a slot
+
+
 class State(Enum):
     OPEN = auto()  # the loop watches the sockets
     WAITING = auto()  # it does not; a timer is set
@@ -125,8 +132,9 @@ class Gate:
         self._expected_until = 0.0  # on the loop's clock
         self._to_shed = 0
         self._loads = board.loads[: max(workers, slot.index + 1)]  # of the slots in use
-        # Those that did not move when it was their turn, with what their slots said: they do not count until that changes.
-        self._silent: dict[int, tuple[int, float]] = {}
+        # Those that did not move when it was their turn, with what their slots said, and when that was first seen.
+        self._suspects: dict[int, tuple[Said, float]] = {}
+        self._silent: dict[int, Said] = {}  # they do not count until that changes
         slot.load -= ACCEPTING
 
     # ---- what the server says ----
@@ -258,11 +266,16 @@ class Gate:
         return min(words)
 
     def _note_silent(self) -> None:
-        """Those with less than we had did not come in all that time: they are stopped, or at work that will take longer."""
-        ours = self._slot.load - 1
+        """Those with less than we had did not come in all the time that we waited."""
+        now, ours = self._loop.time(), self._slot.load - 1
         for index, word in enumerate(self._loads):
             if word < ours:
-                self._silent[index] = (word, self._board[index].beat)
+                said = (word, self._board[index].beat)
+                before, since = self._suspects.get(index, (None, now))
+                if before != said:
+                    self._suspects[index] = (said, now)
+                elif now - since >= SILENCE:
+                    self._silent[index] = said
 
     def survey(self, now: float) -> None:
         """With each beat of the heart: who is there, who is silent, and whether we hold too much."""
