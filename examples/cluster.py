@@ -4,14 +4,16 @@
     for i in 1 2 3 4 5 6 7; do curl http://127.0.0.1:8080/; done
 
 The twin of the classic listing for Node's cluster: the master follows fork, online, listening
-and exit; each worker answers with its id, its pid and its count, and asks to leave after three
-requests. Leaving is graceful: the third answer arrives whole, new connections go to the other
-worker, and a replacement with the next id takes the place.
+and exit; each worker answers with its id, its pid and its count, and leaves after three
+requests. Leaving is graceful: the third answer arrives whole, and new connections go to the other
+worker. It says so before it goes, so a replacement with the next id is on its way meanwhile.
 """
 
 import os
 
-from prefork import Request, cluster, serve
+from prefork import Request, cluster
+
+BIND = os.environ.get("BIND", "127.0.0.1:8080")
 
 count = 0  # each worker has its own: they share nothing but the listening socket
 
@@ -19,25 +21,46 @@ count = 0  # each worker has its own: they share nothing but the listening socke
 async def handler(request: Request) -> str:
     global count
     count += 1
+    worker = cluster.worker
+    print(f"worker {worker.id}: is incrementing count to {count}", flush=True)
     if count == 3:
-        cluster.worker.disconnect()
-    worker = request.worker
-    return f"hello world from worker number: {worker.id} pid {worker.pid} and the count: {count}\n"
+        worker.send("I have had enough")
+        worker.disconnect()
+    return f"hello world from worker number: {worker.id} pid {worker.process.pid} and the count: {count}\n"
+
+
+def work() -> None:
+    print(f"worker {cluster.worker.id}: is ready", flush=True)
+    cluster.listen(handler, BIND)
+
+
+def main() -> int:
+    @cluster.on("fork")
+    def forked(worker):
+        print(f"master: fork event (worker: {worker.id})", flush=True)
+
+    @cluster.on("online")
+    def online(worker):
+        print(f"master: online event (worker: {worker.id})", flush=True)
+
+    @cluster.on("listening")
+    def listening(worker, address):
+        print(f"master: listening event (worker: {worker.id}, pid {worker.process.pid}, {address})", flush=True)
+
+    @cluster.on("message")
+    def heard(worker, message, handle):
+        print(f"master: worker {worker.id} says: {message}", flush=True)
+        cluster.fork(work)
+
+    @cluster.on("exit")
+    def exited(worker, code, signal):
+        print(f"master: exit event (worker: {worker.id}, {worker.exit_cause}, code {code})", flush=True)
+
+    for _ in range(2):
+        print("master: about to fork a worker", flush=True)
+        cluster.fork(work)
+    return cluster.run()
 
 
 if __name__ == "__main__":
-    cluster.on("fork", lambda worker: print(f"master: fork event (worker: {worker.id})", flush=True))
-    cluster.on("online", lambda worker: print(f"master: online event (worker: {worker.id})", flush=True))
-    cluster.on(
-        "listening",
-        lambda worker, address: print(
-            f"master: listening event (worker: {worker.id}, pid {worker.process.pid}, {address})", flush=True
-        ),
-    )
-    cluster.on(
-        "exit",
-        lambda worker, code, signal: print(
-            f"master: exit event (worker: {worker.id}, {worker.exit_cause}, code {code})", flush=True
-        ),
-    )
-    serve(handler, bind=os.environ.get("BIND", "127.0.0.1:8080"), workers=2)
+    raise SystemExit(main())

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from websockets.sync.client import connect
 
 from tests.harness.client import Client, get
-from tests.harness.server import DEADLINE, ROOT, Server
+from tests.harness.server import DEADLINE, ROOT, Server, pids_in_group
 
 SERVED = {"hello": "handler", "asgi": "app", "wsgi": "app", "websocket": "handler", "chat": "handler"}
-PROGRAMS = {"embedded", "cluster"}
+PROGRAMS = {"embedded", "cluster", "cluster_basic"}
 
 
 def program(name):
@@ -113,11 +115,51 @@ def test_hooks():
 def test_cluster_the_worker_leaves_after_three_requests_and_is_replaced():
     """All seven answers arrive, and the counts start again at 1."""
     with program("cluster") as server:
-        server.wait_for(r"master: listening event \(worker: 2, pid \d+, 127\.0\.0\.1:\d+\)")
-        answers = [get(server.port).text for _ in range(7)]
+        port = listening(server, 2)
+        answers = [get(port).text for _ in range(7)]
+        server.wait_for(r"master: worker \d says: I have had enough")
         server.wait_for(r"master: exit event \(worker: \d, retired, code 0\)")
-        server.wait_for(r"master: listening event \(worker: 3,")
+        assert listening(server, 3) == port
+        server.signal(signal.SIGTERM)
+        assert server.wait_exit() == 0
 
     counts = [int(re.search(r"count: (\d)\n", answer)[1]) for answer in answers]
     assert max(counts) == 3
     assert all(re.match(r"hello world from worker number: \d pid \d+ and", answer) for answer in answers)
+    assert "Traceback" not in server.log
+
+
+def listening(server, worker):
+    """The port, as soon as *worker* listens."""
+    return int(server.wait_for(rf"master: listening event \(worker: {worker}, pid \d+, 127\.0\.0\.1:(\d+)\)")[1])
+
+
+def test_cluster_basic_a_worker_that_dies_is_replaced():
+    """One for each processor, on one port; a signal from outside ends one, and only that one."""
+    with program("cluster_basic") as server:
+        server.wait_for(r"worker \d+ \(pid \d+, generation \d+\) is listening", os.cpu_count())
+        (port,) = set(listening_ports(server.group))
+        first = json.loads(get(port).text)
+        assert first["worker"] in range(1, os.cpu_count() + 1)
+        os.kill(first["pid"], signal.SIGKILL)
+        server.wait_for(rf"^worker {first['pid']} died$")
+        server.wait_for(rf"worker {os.cpu_count() + 1} \(pid \d+, generation \d+\) is listening")
+
+        assert json.loads(get(port).text)["pid"] != first["pid"]
+        server.signal(signal.SIGINT)
+        assert server.wait_exit() == 0
+
+    assert "Traceback" not in server.log
+
+
+def listening_ports(group):
+    """The ports on 127.0.0.1 on which processes of *group* listen, by /proc/net/tcp."""
+    inodes = set()
+    for pid in pids_in_group(group):
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with suppress(OSError):  # closed while we looked
+                inodes.add(os.readlink(entry.path))
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+            yield int(fields[1].rpartition(":")[2], 16)

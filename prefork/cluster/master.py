@@ -348,7 +348,7 @@ class Master:
         handle = source.handle
         self.reactor.remove(source)
         handle.channel.close()
-        self.listeners.leave(handle)
+        self._leave_listeners(handle)
         self._topics.forget(handle)
         # What it says after this, it says by its exit.
         handle.exited_after_disconnect = bool(handle.exited_after_disconnect)
@@ -391,8 +391,11 @@ class Master:
         del self._workers[handle.id]
         handle.stats.pid = handle.stats.load = 0  # nobody is to wait for it
         self.dispatcher.lose(handle)
-        self.listeners.leave(handle)
+        self._leave_listeners(handle)
         handle.close()
+
+    def _leave_listeners(self, handle: WorkerHandle) -> None:
+        self.listeners.leave(handle, is_replaced=self.keeper is not None and self.keeper.replaces(handle))
 
     def _log_exit(self, handle: WorkerHandle) -> None:
         if self._exit_code:
@@ -447,7 +450,7 @@ class Master:
 
     def _watch_leaving(self, handle: WorkerHandle) -> None:
         """It accepts nothing more from now on, and has a bounded time to end."""
-        self.listeners.leave(handle)
+        self._leave_listeners(handle)
         is_news = handle.exited_after_disconnect is None
         handle.exited_after_disconnect = True
         if is_news and handle.grace:

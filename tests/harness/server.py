@@ -32,6 +32,8 @@ DEADLINE = 20.0  # seconds
 class Server:
     """`prefork serve` with *settings* as flags: workers=2 is --workers 2, preload=True is --preload."""
 
+    stdin = subprocess.DEVNULL
+
     def __init__(
         self,
         app: str | None,
@@ -58,7 +60,7 @@ class Server:
             self._command,
             cwd=self._cwd,
             env=self._environ,
-            stdin=subprocess.DEVNULL,
+            stdin=self.stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that whatever it leaves behind can be found, and a Ctrl-C sent to all
@@ -230,10 +232,17 @@ def suspend(pid: int) -> None:
 
 
 @contextmanager
-def stopped(server: Server) -> Iterator[None]:
-    """The master does not run inside: SIGSTOP before, SIGCONT after."""
-    suspend(server.pid)
+def halted(pid: int) -> Iterator[None]:
+    """*pid* does not run inside: SIGSTOP before, SIGCONT after."""
+    suspend(pid)
     try:
         yield
     finally:
-        server.signal(signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def stopped(server: Server) -> Iterator[None]:
+    """The master does not run inside."""
+    with halted(server.pid):
+        yield
