@@ -3,7 +3,7 @@
     pip install 'prefork[websocket]'
     prefork serve examples.websocket:handler --workers 1
 
-Each worker would have a room of its own.
+Each worker would have a room of its own; examples/chat.py has one for all workers.
 """
 
 from __future__ import annotations

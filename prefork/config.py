@@ -120,9 +120,9 @@ class Settings:
         "least_connections",
         Picking(),
         SERVER,
-        "Who gets a connection under --sharing handoff. least_busy looks at event loops and requests in flight. sticky: the same "
-        "worker for the same client address, or the same value of a header or cookie of the connection's first request. "
-        "MODULE:FUNCTION: it is called with the connection and the workers that have room, and returns one of them.",
+        "Who gets a connection under --sharing handoff: least_connections, round_robin, least_busy (by event loops and "
+        "requests in flight), sticky:ip, sticky:header:NAME or sticky:cookie:NAME (the same worker for the same client, going "
+        "by the connection's first request), or MODULE:FUNCTION, called with the connection and the workers that have room.",
     )
     accept_gate: bool = _declare(
         True,

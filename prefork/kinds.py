@@ -69,7 +69,7 @@ class Picking(Text):
         name = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
         function = r"(?!sticky:)[^\s:]+:[^\s:]+"
         super().__init__(
-            "|".join(kinds),
+            "PICK",
             "one of " + ", ".join(kinds),
             "|".join((*self.words, f"sticky:(header|cookie):{name}", function)),
         )

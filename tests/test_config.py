@@ -226,6 +226,19 @@ def test_the_application_may_be_an_object(load):
             {"environ": {"PREFORK_WORKER": "2"}},
             "PREFORK_WORKER is set, but there is no such setting, did you mean PREFORK_WORKERS?",
         ),
+        (
+            {"flags": {"pick": "round_robbin"}},
+            "--pick is 'round_robbin', but must be one of least_connections, round_robin, least_busy, sticky:ip, sticky:header:NAME, sticky:cookie:NAME, MODULE:FUNCTION, did you mean 'round_robin'?",
+        ),
+        ({"pick": "round_robin"}, "pick is 'round_robin' and sharing is 'inherit': only with handoff is there somebody who picks"),
+        (
+            {"pick": "sticky:cookie:sid", "sharing": "handoff", "certfile": "c"},
+            "pick is 'sticky:cookie:sid' and certfile is set: the master cannot read what is encrypted, only sticky:ip can be",
+        ),
+        (
+            {"pick": "sticky:ip", "sharing": "handoff", "proxy_protocol": True},
+            "pick is 'sticky:ip' and proxy_protocol is set: the master sees the proxy's address, and no request before its header",
+        ),
         ({"environ": {"PREFORK_X": "2"}}, "PREFORK_X is set, but there is no such setting"),
         ({"worker": 2}, "there is no setting 'worker', did you mean 'workers'?"),
         ({"graceful_timeout": -1}, "graceful_timeout is -1, but must be a number of seconds, 0 or more"),

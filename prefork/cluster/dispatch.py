@@ -163,7 +163,7 @@ class Dispatcher:
     def _send_placed(self, candidate: Candidate) -> bool:
         """False if some could not be sent."""
         placed, candidate.placed = candidate.placed, []
-        unsent = deque(_batches(placed))
+        unsent = deque(_batches(placed, candidate.most_together))
         try:
             while unsent:
                 batch = unsent[0]
@@ -192,6 +192,7 @@ class Dispatcher:
         offers = [unacknowledged[number] for number in numbers if number in unacknowledged]
         match verdict:
             case Verdict.ACCEPTED:
+                candidate.most_together = min(2 * candidate.most_together, MAX_FDS)
                 for offer in offers:
                     del unacknowledged[offer.number]
                     os.close(offer.descriptor)
@@ -202,6 +203,7 @@ class Dispatcher:
                         door.candidates.pop(handle.id, None)
                 self._take_back(candidate, offers)
             case Verdict.EXHAUSTED:
+                candidate.most_together = 1  # there may be room for some of them
                 self._spare(candidate)
                 self._take_back(candidate, offers)
 
@@ -340,11 +342,11 @@ class Door:
                 self.waiting.append(offer)
 
 
-def _batches(offers: list[Offer]) -> Iterator[list[Offer]]:
-    """What can be sent as one message each: connections of one listener, no more than may ride together."""
+def _batches(offers: list[Offer], most: int) -> Iterator[list[Offer]]:
+    """What can be sent as one message each: connections of one listener, no more than *most*."""
     for _, of_one_door in groupby(offers, attrgetter("door")):
         together = list(of_one_door)
-        yield from (together[at : at + MAX_FDS] for at in range(0, len(together), MAX_FDS))
+        yield from (together[at : at + most] for at in range(0, len(together), most))
 
 
 def _close(offers: Iterable[Offer]) -> None:

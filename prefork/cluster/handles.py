@@ -82,6 +82,7 @@ class WorkerHandle:
         self.started_at = started_at  # seconds of the monotonic clock
         self.listening_since: float | None = None
         self.is_behind = False  # its channel is backed up, and somebody was told so
+        self.has_to_listen = False  # one that ends before is no worker
         self.hears = False  # a loop of the worker reads its channel
         self.grace = grace  # seconds it has to end after it was asked to; 0: no limit
         self._retire = retire
@@ -175,6 +176,7 @@ class WorkerHandle:
             passed_deadline=self.passed_deadline is not None,
             said_boot_failed=self.boot_failure is not None,
             listened_for=None if self.listening_since is None else now - self.listening_since,
+            had_to_listen=self.has_to_listen,
         )
 
     def close(self) -> None:

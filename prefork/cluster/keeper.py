@@ -92,10 +92,13 @@ class Keeper:
 
     def hear_ready(self, handle: WorkerHandle) -> None:
         """It is online, or listens."""
-        if handle.state >= self._ready and handle.listening_since is None:
+        record = self._records.get(handle.slot)
+        if record is None or record.handle is not handle or handle.state < self._ready:
+            return
+        handle.stats.deadline = 0.0
+        if handle.listening_since is None:  # being online is all that was asked
             handle.listening_since = self._master.reactor.now()
-            handle.stats.deadline = 0.0
-        self._anybody_booted |= handle.listening_since is not None
+        self._anybody_booted = True
 
     @property
     def anybody_booted(self) -> bool:
@@ -148,8 +151,9 @@ class Keeper:
             )
             self._start_later(record, delay)
             return
+        handle = record.handle
+        handle.has_to_listen = self._ready is State.LISTENING
         if timeout:
-            handle = record.handle
             self._master.reactor.call_later(timeout, lambda: self._check_boot(handle))
 
     def _start_again(self, record: SlotRecord, dead: WorkerHandle, decision: StartAgain) -> None:

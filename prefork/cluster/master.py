@@ -319,11 +319,12 @@ class Master:
                 self.emit("listening", shared.listener.address, handle=handle)
 
     def _tell_that_it_listens(self, handle: WorkerHandle, application: str | None) -> None:
+        handle.listening_since = now = self.reactor.now()
         if self.keeper is not None:
             if application is not None and not self.keeper.anybody_booted:
                 log.info("%s", application)
             self.keeper.hear_ready(handle)
-        took = self.reactor.now() - handle.started_at
+        took = now - handle.started_at
         log.info("%s is listening, %.0f ms after its fork", handle.describe(), took * 1000)
 
     def _hear_unlisten(self, handle: WorkerHandle, body: dict[str, Any]) -> None:
@@ -352,7 +353,7 @@ class Master:
         handle = source.handle
         self.reactor.remove(source)
         handle.channel.close()
-        self.dispatcher.leave(handle)
+        self._leave_listeners(handle)
         self._topics.forget(handle)
         # What it says after this, it says by its exit.
         handle.exited_after_disconnect = bool(handle.exited_after_disconnect)
@@ -395,13 +396,16 @@ class Master:
         del self._workers[handle.id]
         handle.stats.pid = handle.stats.load = 0  # nobody is to wait for it
         self.dispatcher.lose(handle)
-        self.listeners.leave(handle, is_replaced=self.keeper is not None and self.keeper.replaces(handle))
+        self._leave_listeners(handle)
         handle.close()
+
+    def _leave_listeners(self, handle: WorkerHandle) -> None:
+        self.listeners.leave(handle, is_replaced=self.keeper is not None and self.keeper.replaces(handle))
 
     def _log_exit(self, handle: WorkerHandle) -> None:
         if self._exit_code:
             level = logging.DEBUG  # the reason was told; what follows from it would bury it
-        elif handle.exit_cause is ExitCause.RETIRED or self.is_stopping:
+        elif handle.exit_cause in (ExitCause.RETIRED, ExitCause.FINISHED) or self.is_stopping:
             level = logging.INFO
         else:
             level = logging.ERROR
@@ -409,7 +413,9 @@ class Master:
             level,
             "%s ended%s: %s%s",
             handle.describe(),
-            " before it listened" if handle.exit_cause is ExitCause.CRASHED and handle.listening_since is None else "",
+            " before it listened"
+            if handle.has_to_listen and handle.exit_cause is ExitCause.CRASHED and handle.listening_since is None
+            else "",
             handle.exit_status,
             f", {handle.passed_deadline}" if handle.passed_deadline else f" ({handle.exit_cause})",
         )
@@ -449,7 +455,7 @@ class Master:
 
     def _watch_leaving(self, handle: WorkerHandle) -> None:
         """It accepts nothing more from now on, and has a bounded time to end."""
-        self.dispatcher.leave(handle)
+        self._leave_listeners(handle)
         is_news = handle.exited_after_disconnect is None
         handle.exited_after_disconnect = True
         if is_news and handle.grace:

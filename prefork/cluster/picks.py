@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from prefork.cluster.handles import WorkerHandle
 from prefork.errors import ConfigError, LoadError, did_you_mean
+from prefork.ipc.frames import MAX_FDS
 from prefork.worker.main import load_function
 
 log = logging.getLogger("prefork")
@@ -60,6 +61,7 @@ class Candidate:
     unacknowledged: dict[int, Offer] = field(default_factory=dict)
     placed: list[Offer] = field(default_factory=list)  # those of them that are not sent yet
     is_exhausted: bool = False  # it has no descriptors left, for the moment
+    most_together: int = MAX_FDS  # connections in one message, of which it gets all or none
 
     @property
     def room(self) -> int:

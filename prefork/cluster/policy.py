@@ -23,6 +23,7 @@ class ExitCause(StrEnum):
     """Why a worker ended, in a word."""
 
     RETIRED = "retired"  # it was asked to leave, or left by itself, and did
+    FINISHED = "finished"  # what it was forked for has returned
     CRASHED = "crashed"  # it ended by its own fault: an exit code, or a signal such as SIGSEGV
     KILLED = "killed"  # SIGKILL, SIGTERM ... from outside: an operator, the kernel's OOM killer
     BOOT_FAILED = "boot-failed"  # the application did not import or refused to start
@@ -30,7 +31,7 @@ class ExitCause(StrEnum):
 
 
 # Nothing that the application did wrong.
-BLAMELESS = frozenset({ExitCause.RETIRED, ExitCause.KILLED})
+BLAMELESS = frozenset({ExitCause.RETIRED, ExitCause.FINISHED, ExitCause.KILLED})
 
 # A life of this many seconds after it began to listen proves that the slot is sound, so the
 # count of failures starts anew. A worker killed from outside is not at fault: only
@@ -38,6 +39,7 @@ BLAMELESS = frozenset({ExitCause.RETIRED, ExitCause.KILLED})
 # served its fill in a moment.
 SOUND_AFTER: dict[ExitCause, float] = {
     ExitCause.RETIRED: 0.0,
+    ExitCause.FINISHED: 1.0,
     ExitCause.KILLED: 1.0,
     ExitCause.CRASHED: 60.0,
     ExitCause.BOOT_FAILED: 60.0,
@@ -61,6 +63,7 @@ class Ending:
     passed_deadline: bool = False
     said_boot_failed: bool = False
     listened_for: float | None = None  # seconds; None: it never listened
+    had_to_listen: bool = True  # otherwise it was forked for something that may end by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ def cause_of(ending: Ending) -> ExitCause:
     # SIGTERM is how a worker that still boots is asked.
     if ending.was_asked and (ending.code == 0 or ending.signal == "SIGTERM"):
         return ExitCause.RETIRED
+    if ending.code == 0 and not ending.had_to_listen:
+        return ExitCause.FINISHED
     if ending.code == 0 and ending.listened_for is not None:
         return ExitCause.RETIRED
     if ending.signal in FROM_OUTSIDE:

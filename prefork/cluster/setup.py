@@ -9,6 +9,7 @@ from typing import Any
 from prefork.errors import ConfigError, did_you_mean
 from prefork.ipc.frames import MAX_SIZE
 from prefork.net.sharing import Sharing
+from prefork.process.identity import Identity
 from prefork.process.stdio import check_stdio
 
 SERIALIZATIONS = ("json", "pickle")
@@ -22,7 +23,7 @@ class ClusterSettings:
     args: tuple[str, ...] = ()  # its arguments
     exec_argv: tuple[str, ...] | None = None  # those of the interpreter; None: as this one was started
     cwd: str | None = None
-    uid: int | str | None = None  # a user's number or name
+    uid: int | str | Identity | None = None  # a user's number or name
     gid: int | str | None = None
     silent: bool = False  # stdout and stderr are pipes to the master: worker.process.stdout.on("data", ...)
     stdio: tuple[Any, ...] | None = (

@@ -77,7 +77,7 @@ class Beginning:
             os.execv(sys.executable, [sys.executable, *options, *program(settings)])
         except OSError as error:
             sys.stderr.write(f"worker {self.seat.id} cannot be started: {reason_of(error)}\n")
-            return CANNOT_EXEC
+        return CANNOT_EXEC
 
 
 def program(settings: ClusterSettings) -> list[str]:
@@ -96,6 +96,7 @@ def program(settings: ClusterSettings) -> list[str]:
 
 
 def _identity(settings: ClusterSettings) -> Identity:
+    """Who the worker is to be."""
     if isinstance(settings.uid, Identity):
         return settings.uid
     user, group = (None if who is None else str(who) for who in (settings.uid, settings.gid))

@@ -61,7 +61,8 @@ class AsyncChannel:
     def send_user(self, message: Any, handle: object = None, *, keep: bool = False, received: bytes = b"") -> bool:
         """See `Channel.send_user`."""
         is_below_high_water = self.channel.send_user(message, handle, keep=keep, received=received)
-        self._watch_writes()
+        if self.channel.wants_write is not self._is_watching_writes:
+            self._watch_writes()
         return is_below_high_water
 
     async def drained(self) -> None:
@@ -117,8 +118,10 @@ class AsyncChannel:
 
     def _follow_up(self) -> None:
         """What reading or writing may have changed."""
-        self._watch_writes()
-        self._watch_retry()
+        if self.channel.wants_write is not self._is_watching_writes:
+            self._watch_writes()
+        if self.channel.retry_at is not None or self._retry_timer is not None:
+            self._watch_retry()
         if self._drained and not self.channel.is_backed_up:
             self._tell_drained(None)
 

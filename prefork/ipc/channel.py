@@ -31,7 +31,7 @@ from typing import Any
 from prefork.errors import ChannelClosed, FrameError
 from prefork.ipc import fds as descriptors
 from prefork.ipc.fds import NO_FDS, Buffer, Fds, close_all
-from prefork.ipc.frames import LARGEST_SIZE, MAX_SIZE, USERS, Decoder, Frame, Kind, header
+from prefork.ipc.frames import HEADER_SIZE, LARGEST_SIZE, MAX_SIZE, USERS, Decoder, Frame, Kind, header
 from prefork.ipc.handles import Handle, pack, revive
 from prefork.ipc.messages import from_json, from_pickle, to_json, to_pickle
 
@@ -98,6 +98,7 @@ class Channel:
         "_early",
         "_held",
         "_is_broken",
+        "_is_closed",
         "_is_eof",
         "_max_size",
         "_queue",
@@ -128,6 +129,7 @@ class Channel:
         self._early: list[Message] = []  # read while nobody asked
         self._why_not = ""  # nothing can be sent any more
         self._is_eof = False
+        self._is_closed = False
         self._is_broken = False  # writing failed: nobody will read what we send
         self.retry_at: float | None = None  # when `retry` is to be called, on the monotonic clock
 
@@ -150,6 +152,11 @@ class Channel:
         return bool(self._queue)
 
     @property
+    def has_unsent(self) -> bool:
+        """Something is still to be written, or a handle has not been acknowledged."""
+        return bool(self._queue) or self._unacked is not None
+
+    @property
     def queued(self) -> int:
         """Bytes that wait to be written."""
         return self._queued
@@ -167,7 +174,7 @@ class Channel:
     @property
     def is_closed(self) -> bool:
         """`close` was called on this end. It never closes by itself: a loop may still watch its descriptor."""
-        return self._sock.fileno() < 0
+        return self._is_closed
 
     def send(self, message: Any, *, kind: Kind = Kind.CONTROL, fds: Sequence[int] = (), keep: bool = False) -> bool:
         """Send *message* as JSON (bytes as they are for kinds in `_RAW`), or queue it behind what waits; false advises to send no more for now.
@@ -199,12 +206,12 @@ class Channel:
         OSError or ValueError for one that is not open, FrameError for too large a message.
         """
         body = self._dumps(message)
+        if handle is None and self._unacked is None and not received:
+            return self._post(self._user_kind, body)
         if handle is not None:
             return self._send_handle(body, handle, keep, bytes(received))
         if received:
             raise TypeError("bytes that were received go with the handle that they came from, and there is none")
-        if self._unacked is None:
-            return self._post(self._user_kind, body)
         return self._hold(_Letter(self._user_kind, [body], self._max_size))
 
     def receive(self) -> list[Message]:
@@ -213,14 +220,19 @@ class Channel:
         Raises FrameError if the other side does not keep to the frames. What came before is lost with
         it, and nothing is left to do but to `close`.
         """
+        messages: list[Message] = []
+        if self._early:
+            messages, self._early = self._early, messages
         frames: list[Frame] = []
-        messages, self._early = self._early, []
         pending = iter(frames)
         try:
             for _ in range(READS_PER_CALL):
                 if not self._read_into(frames):
                     break
             for frame in pending:
+                if frame.kind is Kind.USER and not frame.fds and not frame.is_lost:  # by far the most
+                    messages.append(Message(Kind.USER, from_json(frame.payload)))
+                    continue
                 message = self._open(frame)
                 if message is not None:
                     messages.append(message)
@@ -268,6 +280,7 @@ class Channel:
 
     def close(self) -> None:
         """Close this end, with the descriptors that were not sent and those of unfinished frames. May be repeated."""
+        self._is_closed = True
         self._why_not = "this end of the channel was closed"
         self._drop()
         close_all(self._decoder.leftovers())
@@ -284,18 +297,22 @@ class Channel:
 
     def _post(self, kind: Kind, body: Buffer, fds: list[int] | None = None) -> bool:
         """Send a frame, or queue it."""
-        head = header(kind, len(body), len(fds) if fds else 0, self._max_size if kind in USERS else MAX_SIZE)
-        self._check_writable()
-        pieces: list[Buffer] = [head + body] if len(body) <= JOINED_SIZE else [head, body]
+        size = len(body)
+        head = header(kind, size, len(fds) if fds else 0, self._max_size if kind in USERS else MAX_SIZE)
+        if self._why_not:
+            raise ChannelClosed(self._why_not)
+        pieces: list[Buffer] = [head + body] if size <= JOINED_SIZE else [head, body]
         if self._queue:
             self._enqueue(_Outgoing(pieces, fds))
             return self._queued <= HIGH_WATER
         count = self._push(pieces, fds)
-        self._check_writable()
+        if count == size + HEADER_SIZE and not fds:
+            return self._queued <= HIGH_WATER
         if count and fds:
             close_all(fds)
             fds = None
-        if count < len(head) + len(body):
+        if count < size + HEADER_SIZE:
+            self._check_writable()
             outgoing = _Outgoing(pieces, fds)
             outgoing.advance(count)
             self._enqueue(outgoing)
@@ -369,9 +386,9 @@ class Channel:
 
     def _read_into(self, frames: list[Frame]) -> bool:
         """One read; false if there is no point in another."""
-        if self._is_eof or self.is_closed:
+        if self._is_eof or self._is_closed:
             return False
-        room = self._decoder.room()
+        room = self._decoder.room() if self._decoder.partial is not None else None
         try:
             if room is None:
                 data, fds, is_lost = descriptors.receive(self._sock, READ_SIZE)
@@ -444,7 +461,7 @@ class Channel:
             raise FrameError("the other side sent a pickle, and this channel's serialization is json")
         try:
             return from_pickle(payload)
-        except Exception as exc:
+        except Exception as exc:  # the application's objects raise what they like
             log.exception("a message of %d bytes is dropped: it cannot be unpickled", len(payload))
             raise _Unreadable from exc
 

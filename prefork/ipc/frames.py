@@ -88,12 +88,12 @@ class Decoder:
     bytes go there, and `filled` says how many they were.
     """
 
-    __slots__ = ("_fds", "_head", "_limits", "_partial")
+    __slots__ = ("_fds", "_head", "_limits", "partial")
 
     def __init__(self, max_size: int = MAX_SIZE) -> None:
         self._limits = tuple(max_size if kind in USERS else MAX_SIZE for kind in (0, *Kind))
         self._head = b""  # the beginning of a header
-        self._partial: _Partial | None = None
+        self.partial: _Partial | None = None  # whether there is one is for all to see, for speed
         self._fds: deque[int] = deque()  # those no header has claimed yet
 
     def feed(self, data: bytes, fds: Sequence[int] = (), *, is_lost: bool = False) -> list[Frame]:
@@ -101,13 +101,15 @@ class Decoder:
 
         Raises FrameError. The descriptors of frames it would have returned are then among the `leftovers`.
         """
-        self._expect(fds, is_lost)
+        if fds or is_lost:
+            self._expect(fds, is_lost)
         frames: list[Frame] = []
         try:
-            if self._partial is not None:
-                data = self._fill(self._partial, data, frames)
+            if self.partial is not None:
+                data = self._fill(self.partial, data, frames)
             self._decode(self._head + data if self._head else data, frames)
-            self._check_unclaimed()
+            if self._fds:
+                self._check_unclaimed()
         except FrameError:
             for frame in reversed(frames):
                 self._fds.extendleft(reversed(frame.fds))
@@ -116,26 +118,26 @@ class Decoder:
 
     def room(self) -> memoryview | None:
         """Where the next bytes belong, if many of one payload are missing."""
-        partial = self._partial
+        partial = self.partial
         if partial is None or len(partial.payload) - partial.have < DIRECT_SIZE:
             return None
         return memoryview(partial.payload)[partial.have :]
 
     def filled(self, count: int, fds: Sequence[int] = (), *, is_lost: bool = False) -> list[Frame]:
         """The frame that *count* bytes written to `room` complete, if they do. Raises FrameError."""
-        assert self._partial is not None
+        assert self.partial is not None
         self._expect(fds, is_lost)
         self._check_unclaimed()
         frames: list[Frame] = []
-        self._partial.have += count
-        self._finish(self._partial, frames)
+        self.partial.have += count
+        self._finish(self.partial, frames)
         return frames
 
     def leftovers(self) -> list[int]:
         """Give up the descriptors that no returned frame owns. The caller closes them."""
-        claimed = self._partial.fds if self._partial is not None else ()
+        claimed = self.partial.fds if self.partial is not None else ()
         left = [*claimed, *(fd for fd in self._fds if fd != _LOST)]
-        self._partial = None
+        self.partial = None
         self._fds.clear()
         return left
 
@@ -156,7 +158,7 @@ class Decoder:
     def _finish(self, partial: _Partial, frames: list[Frame]) -> None:
         if partial.have == len(partial.payload):
             frames.append(Frame(partial.kind, partial.payload, partial.fds, partial.is_lost))
-            self._partial = None
+            self.partial = None
 
     def _decode(self, data: bytes, frames: list[Frame]) -> None:
         start, end = 0, len(data)
@@ -170,12 +172,12 @@ class Decoder:
             start += HEADER_SIZE
             stop = start + size
             if stop > end:
-                self._partial = _Partial(_KINDS[number], size, fds, is_lost, data[start:])
+                self.partial = _Partial(_KINDS[number], size, fds, is_lost, data[start:])
                 start = end
             else:
-                frames.append(Frame(_KINDS[number], data[start:stop], fds, is_lost))
+                frames.append(_new(Frame, (_KINDS[number], data[start:stop], fds, is_lost)))
                 start = stop
-        self._head = data[start:]
+        self._head = data[start:] if start < end else b""
 
     def _claim(self, count: int) -> tuple[tuple[int, ...], bool]:
         if count > MAX_FDS:
@@ -207,6 +209,9 @@ class _Partial:
         self.payload = bytearray(size)
         self.payload[: self.have] = data
 
+
+# A NamedTuple's own way to itself takes twice as long.
+_new = tuple.__new__
 
 # Indexed by its number, which is quicker than Kind(number). The first is none.
 _KINDS = (Kind.CONTROL, *Kind)

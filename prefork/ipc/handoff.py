@@ -24,6 +24,9 @@ class Verdict(IntEnum):
     EXHAUSTED = 2  # they never arrived, since it had no descriptor left
 
 
+_VERDICTS = tuple(Verdict)
+
+
 def encode_offers(listener: int, numbers: Sequence[int]) -> bytes:
     """Connections of one listener, in the order of their descriptors."""
     return struct.pack(f"!H{len(numbers)}Q", listener, *numbers)
@@ -44,9 +47,9 @@ def decode_answer(body: bytes) -> tuple[Verdict, tuple[int, ...]]:
     """What became of which. Raises FrameError."""
     count = _count(body, 1)
     verdict, *numbers = struct.unpack(f"!B{count}Q", body)
-    if verdict > Verdict.EXHAUSTED:
-        raise FrameError(f"the answer to a handoff is {verdict}, known are 0 to {max(Verdict)}")
-    return Verdict(verdict), tuple(numbers)
+    if verdict >= len(_VERDICTS):
+        raise FrameError(f"the answer to a handoff is {verdict}, known are 0 to {len(_VERDICTS) - 1}")
+    return _VERDICTS[verdict], tuple(numbers)
 
 
 def _count(body: bytes, start: int) -> int:

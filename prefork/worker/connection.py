@@ -372,7 +372,7 @@ class HTTPConnection(asyncio.Protocol):
                     self._regulate_reading()
                     self._rearm()
                 return
-        if (service.ends_connections and service.is_to_end(self._http.keep_alive)) or (
+        if (service.ends_connections and service.is_to_end(self._could_go_on)) or (
             not more and self._http.unread > DISCARD_LIMIT
         ):
             self._http.close_after()
@@ -384,6 +384,11 @@ class HTTPConnection(asyncio.Protocol):
             self._transport.write(rest)
         if not more:
             self._complete()
+
+    @property
+    def _could_go_on(self) -> bool:
+        """Another request may follow the one in hand, and it is no upgrade that was answered in HTTP."""
+        return self._http.keep_alive and self._exchange is not None and self._exchange.request.upgrade is None
 
     def send_body(self, data: bytes, more: bool) -> None:
         self._check_present()

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from time import monotonic
 
-from prefork.scoreboard import ACCEPTING, Scoreboard, Slot
+from prefork.scoreboard import ACCEPTING, LOAD, Scoreboard, Slot
 
 # A connection waits this long for the least loaded worker, in seconds; then whoever is there takes it. Long enough for a
 # worker to finish a small request, and too short to be noticed.
@@ -46,6 +46,10 @@ GLANCES = 3
 # hundreds not every one is worth a wait.
 TOLERANCE = 1 / 16
 
+# Who lets turn after turn pass and does nothing else for so long, in seconds, is stopped, or has work in hand that takes
+# long. On a machine with too much to do a process may well get no processor for a few milliseconds: that is no reason.
+SILENCE = 0.02
+
 # A worker whose heart has not beaten for so long does not count, in seconds: five beats.
 STALE = 0.5
 
@@ -65,7 +69,7 @@ class Verdict(Enum):
     FULL = auto()  # wait until something has ended, however long
 
 
-def decide(load: int, least: int, *, is_full: bool, is_expecting: bool, turn: float, waited: float) -> Verdict:
+def decide(load: int, least: int, is_full: bool, is_expecting: bool, turn: float, waited: float) -> Verdict:
     """What to do with a connection that waits to be accepted.
 
     *load* is what we hold and *least* the least that anybody holds who accepts, *is_full* whether
@@ -77,7 +81,7 @@ def decide(load: int, least: int, *, is_full: bool, is_expecting: bool, turn: fl
         return Verdict.FULL
     if waited >= LONGEST_WAIT:
         return Verdict.TAKE
-    if is_expecting or turn > LONG_TURN or load > least + int(least * TOLERANCE):
+    if is_expecting or turn > LONG_TURN or (load > least and load > least + int(least * TOLERANCE)):
         return Verdict.WAIT
     return Verdict.TAKE
 
@@ -86,6 +90,9 @@ def excess(load: int, loads: Sequence[int]) -> int:
     """How many connections a worker that holds *load* has to give up, *loads* being those of all that accept, its own too."""
     mean = sum(loads) / len(loads) if loads else load
     return math.floor(load - mean) if load > mean * TOO_MUCH and load - mean >= TOO_MANY else 0
+
+
+Said = tuple[int, float]  # the load and the beat of a slot
 
 
 class State(Enum):
@@ -105,10 +112,10 @@ class Gate:
         slot: Slot,
         *,
         workers: int,
-        is_full: Callable[[], bool] = lambda: False,
+        is_full: Callable[[], bool] | None = None,
         set_shedding: Callable[[bool], object] = lambda _: None,
     ) -> None:
-        """*workers*: how many there are at first. *is_full*: of threads; whoever ends that calls `on_room`.
+        """*workers*: how many there are at first. *is_full*: of threads, None without; whoever ends that calls `on_room`.
 
         *set_shedding* is told whether `sheds` is worth asking.
         """
@@ -125,8 +132,9 @@ class Gate:
         self._expected_until = 0.0  # on the loop's clock
         self._to_shed = 0
         self._loads = board.loads[: max(workers, slot.index + 1)]  # of the slots in use
-        # Those that did not move when it was their turn, with what their slots said: they do not count until that changes.
-        self._silent: dict[int, tuple[int, float]] = {}
+        # Those that did not move when it was their turn, with what their slots said, and when that was first seen.
+        self._suspects: dict[int, tuple[Said, float]] = {}
+        self._silent: dict[int, Said] = {}  # they do not count until that changes
         slot.load -= ACCEPTING
 
     # ---- what the server says ----
@@ -166,13 +174,16 @@ class Gate:
 
     def on_room(self) -> None:
         """A thread may have become free."""
-        if self._state is State.FULL and not self._is_full():
+        if self._state is State.FULL and self._is_full is not None and not self._is_full():
             self._slot.load -= ACCEPTING
             self._open()
 
     # ---- accepting ----
 
     def _on_readable(self, take: Callable[[], bool]) -> None:
+        if self._expected_until and self._glances < GLANCES and self._loop.time() < self._expected_until:
+            self._glances += 1  # what `decide` would say, without a look at the board
+            return
         match self._look():
             case Verdict.TAKE:
                 self._take(take)
@@ -189,12 +200,12 @@ class Gate:
     def _look(self) -> Verdict:
         now = self._loop.time()
         return decide(
-            self._slot.load + ACCEPTING,
-            self._least() + ACCEPTING,
-            is_full=self._is_full(),
-            is_expecting=now < self._expected_until,
-            turn=monotonic() - now,
-            waited=now - self._since if self._since else 0.0,
+            self._slot.whole[LOAD] + ACCEPTING,
+            (self._least() if self._silent else min(self._loads)) + ACCEPTING,
+            self._is_full is not None and self._is_full(),
+            now < self._expected_until,
+            monotonic() - now,
+            now - self._since if self._since else 0.0,
         )
 
     def _look_again(self) -> None:
@@ -246,8 +257,6 @@ class Gate:
     # ---- the others ----
 
     def _least(self) -> int:
-        if not self._silent:
-            return min(self._loads)
         words = self._loads.tolist()
         for index, said in list(self._silent.items()):
             if said == (words[index], self._board[index].beat):
@@ -257,11 +266,16 @@ class Gate:
         return min(words)
 
     def _note_silent(self) -> None:
-        """Those with less than we had did not come in all that time: they are stopped, or at work that will take longer."""
-        ours = self._slot.load - 1
+        """Those with less than we had did not come in all the time that we waited."""
+        now, ours = self._loop.time(), self._slot.load - 1
         for index, word in enumerate(self._loads):
             if word < ours:
-                self._silent[index] = (word, self._board[index].beat)
+                said = (word, self._board[index].beat)
+                before, since = self._suspects.get(index, (None, now))
+                if before != said:
+                    self._suspects[index] = (said, now)
+                elif now - since >= SILENCE:
+                    self._silent[index] = said
 
     def survey(self, now: float) -> None:
         """With each beat of the heart: who is there, who is silent, and whether we hold too much."""

@@ -321,7 +321,7 @@ class Worker:
         if self._has_ended:
             return
         assert self._loop is not None
-        if self._channel.wants_write and self.is_connected():
+        if self._channel.has_unsent and self.is_connected() and not self._channel.is_eof:
             self._loop.call_later(0.002, self.end_line)
             return
         if self._line is not None:

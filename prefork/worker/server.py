@@ -111,12 +111,11 @@ class Server:
             return False
         accepted = Accepted.adopt(connection)
         _send_at_once(accepted)
+        self._service.slot.load += 1
         if received:
             self._start(accepted, make=partial(BegunConnection, received, self._service, accepted))
         else:
             self._receive(accepted)
-        self._service.slot.load += 1
-        self._receive(accepted)
         return True
 
     def take_over(self, descriptor: int, listener: int) -> None:
@@ -126,6 +125,7 @@ class Server:
             with socket.socket(fileno=descriptor) as known:
                 kind = self._kinds[listener] = int(known.family), int(known.type), known.proto
                 known.detach()
+        self._service.slot.load += 1
         self._receive(Accepted.take(descriptor, kind))
 
     def stop_accepting(self) -> None:

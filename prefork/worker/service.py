@@ -16,7 +16,7 @@ from prefork.gateway.make import Gateway
 from prefork.log import AccessLog
 from prefork.net.forwarded import Forwarding, Trusted
 from prefork.protocol.limits import Limits
-from prefork.scoreboard import Slot
+from prefork.scoreboard import LOAD, Slot
 from prefork.worker.batch import Batch
 from prefork.worker.deadlines import LINGER, NEVER, Awaited
 from prefork.worker.sendfile import Sockets
@@ -119,7 +119,7 @@ class Service:
     def count_closed(self) -> None:
         """A connection that was counted has ended."""
         self.slot.closed += 1
-        self.slot.load -= 1
+        self.slot.whole[LOAD] -= 1
         if self.gate is not None:
             self.gate.on_left()
 

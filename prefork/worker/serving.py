@@ -251,7 +251,7 @@ class Serving:
             self._worker.board,
             self._slot,
             workers=settings.worker_count,
-            is_full=threads.is_full if threads is not None else lambda: False,
+            is_full=None if threads is None else threads.is_full,
             set_shedding=service.set_shedding,
         )
         if threads is not None:

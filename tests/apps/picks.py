@@ -10,13 +10,13 @@ def by_port(connection, workers):
     return workers[-1] if connection.client[1] % 2 else workers[0]
 
 
-def by_path(connection, workers):
-    """/last to the last worker, everything else to the first."""
+def by_query(connection, workers):
+    """?last to the last worker, everything else to the first."""
     path = connection.head.split(b" ", 2)[1] if connection.head else b""
-    return workers[-1] if path.endswith(b"/last") else workers[0]
+    return workers[-1] if path.endswith(b"?last") else workers[0]
 
 
-by_path.needs_head = True
+by_query.needs_head = True
 
 
 def broken(connection, workers):

@@ -31,13 +31,17 @@ class Handle:
 
     def offers(self):
         """Numbers of the connections that came since the last look."""
+        return [number for message in self.messages() for number in message]
+
+    def messages(self):
+        """The same, those of each message."""
         numbers = []
         while messages := self.theirs.receive():
             for message in messages:
                 message.fds.close()
                 door, came = decode_offers(message.body)
                 self.doors += [door] * len(came)
-                numbers.extend(came)
+                numbers.append(list(came))
         return numbers
 
     def die(self):
@@ -343,6 +347,22 @@ def test_a_worker_without_descriptors_is_spared_for_a_second(house):
     house.offer(3)
 
     assert (len(first.offers()), len(second.offers())) == (3, 0)
+
+
+def test_a_worker_without_descriptors_is_then_given_one_at_a_time(house):
+    """Of what comes in one message it gets all or nothing, and with room for three it would never get any."""
+    first, second = house.handles
+    house.dispatcher.leave(second)
+    house.offer(5)
+    assert first.messages() == [[1, 2, 3, 4, 5]]
+    house.dispatcher.hear(first, encode_answer(Verdict.EXHAUSTED, [1, 2, 3, 4, 5]))
+
+    house.turn(PAUSE)
+    assert first.messages() == [[1], [2], [3], [4], [5]]
+    house.dispatcher.hear(first, encode_answer(Verdict.ACCEPTED, [1]))
+    house.dispatcher.hear(first, encode_answer(Verdict.ACCEPTED, [2]))
+    house.offer(5)
+    assert first.messages() == [[6, 7, 8, 9], [10]]
 
 
 def test_with_all_workers_out_of_descriptors_connections_wait(house):

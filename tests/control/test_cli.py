@@ -106,6 +106,8 @@ def test_every_setting_has_its_flag(prefork, served, setting):
         "unix_mode": ["--unix-mode", "660"],
         "hooks": ["--hooks", "a:b"],
         "ws_compression": ["--no-ws-compression"],
+        "accept_gate": ["--no-accept-gate"],
+        "pick": ["--sharing", "handoff", "--pick", "round_robin"],
     }
     sample = setting.kind.words[-1] if setting.kind.words else "777"
     arguments = values.get(setting.name, [setting.flag] if isinstance(setting.kind, Switch) else [setting.flag, sample])

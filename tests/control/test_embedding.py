@@ -159,9 +159,13 @@ def test_every_setting_is_a_keyword(monkeypatch, tmp_path, setting):
         "unix_mode": "660",
         "config": str(tmp_path / "settings.toml"),
         "proxy_protocol": True,
+        "accept_gate": False,
+        "pick": "round_robin",
     }
     value = values.get(setting.name, setting.kind.words[-1] if setting.kind.words else "777")
     more = {"certfile": "c.pem"} if setting.group == "TLS" and setting.name != "certfile" else {}
+    if setting.name == "pick":
+        more["sharing"] = "handoff"
     if setting.name == "client_cert":
         more["client_ca"] = "ca.pem"
     given = []
@@ -192,6 +196,8 @@ def test_every_setting_at_once_takes_effect(tmp_path, runs):
         "bind": ["127.0.0.1:0", "unix:s.sock"],
         "workers": 2,
         "sharing": "handoff",
+        "pick": "least_busy",
+        "accept_gate": False,
         "interface": "native",
         "threads": 2,
         "loop": "asyncio",

@@ -244,3 +244,97 @@ def test_other_side_that_goes_with_our_queue_unsent_is_told(run: Run):
         assert one.closed_count == 1
 
     run(main)
+
+
+def test_drained_waits_until_less_is_queued_than_the_high_water_mark(run: Run):
+    """And does not wait if that is so already."""
+
+    async def main() -> None:
+        one, other = map(End, Channel.pair())
+        await one.channel.drained()
+        assert one.channel.send_user(LARGE) is False
+        assert one.channel.is_backed_up
+        cancelled = asyncio.ensure_future(one.channel.drained())
+        await asyncio.sleep(0)
+        cancelled.cancel()
+
+        await one.channel.drained()
+
+        assert not one.channel.is_backed_up
+        assert await other.heard.get() == LARGE
+        one.channel.close()
+        other.channel.close()
+
+    run(main)
+
+
+def test_drained_also_waits_for_handles_to_be_acknowledged(run: Run):
+    """They are not in the queue of what can be written."""
+
+    async def main() -> None:
+        sender, receiver = Channel.pair()
+        one = End(sender)
+        while one.channel.send_user(None, os.open("/dev/null", os.O_RDONLY)):
+            pass
+        waiting = asyncio.ensure_future(one.channel.drained())
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        other = End(receiver, Message.discard)
+
+        await waiting
+
+        one.channel.close()
+        other.channel.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("closes", ["one", "other"])
+def test_drained_raises_if_the_channel_ends_first(run: Run, closes: str):
+    """Whoever ended it. What waits would wait for ever."""
+
+    async def main() -> None:
+        one, other = map(End, Channel.pair())
+        one.channel.send_user(LARGE)
+        waiting = asyncio.ensure_future(one.channel.drained())
+        await asyncio.sleep(0)
+        {"one": one, "other": other}[closes].channel.close()
+
+        with pytest.raises(ChannelClosed, match="the channel has ended"):
+            await waiting
+        one.channel.close()
+        with pytest.raises(ChannelClosed, match="the channel has ended"):
+            await one.channel.drained()
+        other.channel.close()
+
+    run(main)
+
+
+def test_handle_that_no_callback_was_given_is_closed(run: Run):
+    """The callback before it has closed the channel; a handle that was given is the callback's, even if it fails."""
+
+    async def main() -> None:
+        given: asyncio.Queue[Message] = asyncio.Queue()
+        reader, writer = os.pipe()
+        sender, receiver = Channel.pair()
+
+        def take_first(message: Message) -> None:
+            given.put_nowait(message)
+            other.channel.close()
+            raise RuntimeError("too bad")
+
+        sender.send_user("first", os.open("/dev/null", os.O_RDONLY))
+        receiver._early += receiver.receive()
+        sender.receive()
+        sender.send_user("second", writer)
+        other = End(receiver, take_first)
+        message = await given.get()
+        sender.close()
+
+        assert message.handle is not None
+        assert not message.handle.closed
+        message.handle.close()
+        assert os.read(reader, 1) == b""
+        os.close(reader)
+
+    run(main)

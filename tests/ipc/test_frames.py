@@ -153,3 +153,51 @@ def test_frame_that_no_decoder_would_take_is_not_encoded():
         encode(Frame(Kind.USER, bytes(MAX_SIZE + 1)))
     with pytest.raises(FrameError, match="17 descriptors are too many for a frame: 16 are allowed"):
         encode(Frame(Kind.USER, b"", tuple(range(17))))
+
+
+def test_frame_that_lost_its_descriptors_is_told_cut_at_every_byte():
+    """Others around it keep theirs, also if their headers were cut by the end of the read."""
+    sent = [
+        Frame(Kind.USER, b"has", (1,)),
+        Frame(Kind.USER, b"plain"),
+        Frame(Kind.USER, b"lost", (2,)),
+        Frame(Kind.HANDOFF, b"x", (3,)),
+    ]
+    stream = b"".join(map(encode, sent))
+    begins = [sum(len(encode(f)) for f in sent[:i]) for i in range(5)]
+
+    for first in range(1, begins[1] + 1):
+        # A read ends with the chunk that carries descriptors, or within it.
+        for end in range(begins[2] + 1, begins[3] + 1):
+            decoder = Decoder()
+            got = decoder.feed(stream[:first], [1])
+            got += decoder.feed(stream[first:end], is_lost=True)
+            got += decoder.feed(stream[end:], [3])
+
+            assert got == [sent[0], sent[1], Frame(Kind.USER, b"lost", (), True), sent[3]]
+            assert decoder.leftovers() == []
+
+
+def test_lost_descriptors_that_no_frame_claims_are_refused():
+    """And are not among what is left over."""
+    decoder = Decoder()
+    with pytest.raises(FrameError, match="1 descriptors arrived that no frame claims"):
+        decoder.feed(encode(Frame(Kind.USER, b"")), is_lost=True)
+
+    assert decoder.leftovers() == []
+
+
+def test_large_payload_is_read_to_where_it_belongs():
+    """The header's read ends in the middle of it, and so do others."""
+    frame = Frame(Kind.USER, b"x" * 200_000, (7,))
+    wire = encode(frame)
+    decoder = Decoder()
+    assert decoder.room() is None
+    assert decoder.feed(wire[:1000], [7]) == []
+    room = decoder.room()
+    assert room is not None
+    assert len(room) == len(wire) - 1000
+    room[:50_000] = wire[1000:51_000]
+    assert decoder.filled(50_000) == []
+    assert decoder.feed(wire[51_000:] + encode(frame)[:3], [8]) == [frame]
+    assert decoder.leftovers() == [8]
