@@ -20,6 +20,7 @@ from typing import Any, Literal
 from prefork.cluster.handles import WorkerHandle
 from prefork.errors import ConfigError, LoadError, did_you_mean
 from prefork.ipc.frames import MAX_FDS
+from prefork.scoreboard import BEAT_INTERVAL
 from prefork.worker.main import load_function
 
 log = logging.getLogger("prefork")
@@ -32,9 +33,6 @@ MOST_UNACKNOWLEDGED = 64
 # A loop that is late by more than this many seconds is held up by its application. Less is the
 # scheduler's doing, on a machine that has other things to do.
 LATE = 0.02
-
-# Seconds between two beats of a worker's loop (see worker.heartbeat): so old is the last one at most when all is well.
-BEAT_INTERVAL = 0.1
 
 
 @dataclass(slots=True, eq=False)

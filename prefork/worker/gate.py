@@ -122,13 +122,17 @@ class Gate:
         self._loop = loop
         self._board = board
         self._slot = slot
+        self._words = slot.whole
         self._is_full = is_full
+        self._is_plain = is_full is None  # and nobody is silent
+        self.is_waiting = False
         self._set_shedding = set_shedding
         self._takes: dict[int, Callable[[], bool]] = {}  # by descriptor
         self._state = State.OPEN
         self._timer: asyncio.TimerHandle | None = None
         self._since = 0.0  # when the connection in front was first left to others, on the loop's clock; 0: it was not
-        self._glances = 0
+        self._glances = 0  # turns in a row that have left it to them
+        self._glanced_at = 0.0
         self._expected_until = 0.0  # on the loop's clock
         self._to_shed = 0
         self._loads = board.loads[: max(workers, slot.index + 1)]  # of the slots in use
@@ -164,12 +168,12 @@ class Gate:
     def on_first_request(self) -> None:
         """A connection's first request has been read, and will have been begun when the loop next looks at its sockets."""
         self._expected_until = 0.0
-        if self._state is State.WAITING:
+        if self.is_waiting:
             self._open()
 
     def on_left(self) -> None:
-        """A connection has ended."""
-        if self._state is State.WAITING and self._slot.load <= min(self._loads):
+        """A connection has ended. Needs to be called only while `is_waiting`."""
+        if self.is_waiting and self._words[LOAD] <= min(self._loads):
             self._open()
 
     def on_room(self) -> None:
@@ -181,26 +185,40 @@ class Gate:
     # ---- accepting ----
 
     def _on_readable(self, take: Callable[[], bool]) -> None:
-        if self._expected_until and self._glances < GLANCES and self._loop.time() < self._expected_until:
-            self._glances += 1  # what `decide` would say, without a look at the board
-            return
-        match self._look():
-            case Verdict.TAKE:
-                self._take(take)
-            case Verdict.WAIT:
-                if not self._since:
-                    self._since = self._loop.time()
-                self._glances += 1
-                if self._glances > GLANCES:
-                    self._leave_open(State.WAITING)
-                    self._timer = self._loop.call_later(LOOK, self._look_again)
-            case Verdict.FULL:
-                self._shut_full()
-
-    def _look(self) -> Verdict:
         now = self._loop.time()
+        if self._glances and now - self._glanced_at > LOOK:
+            self._glances, self._since = 0, 0.0  # a sibling took that one, and this is another
+        if now < self._expected_until and self._glances < GLANCES:
+            self._glances += 1  # what `decide` would say, without a look at the board
+            self._glanced_at = now
+            return
+        if (
+            self._is_plain
+            and not self._since
+            and monotonic() - now < LONG_TURN
+            and self._words[LOAD] <= min(self._loads)
+        ):
+            # Again what `decide` would say, and nearly always does: asking costs a twentieth of a short connection.
+            self._glances = 0
+            if take():
+                self._expected_until = now + EXPECTATION
+            return
+        verdict = self._look(now)
+        if verdict is Verdict.TAKE:
+            self._take(take, now)
+        elif verdict is Verdict.FULL:
+            self._shut_full()
+        else:
+            self._since = self._since or now
+            self._glances += 1
+            self._glanced_at = now
+            if self._glances > GLANCES:
+                self._leave_open(State.WAITING)
+                self._timer = self._loop.call_later(LOOK, self._look_again)
+
+    def _look(self, now: float) -> Verdict:
         return decide(
-            self._slot.whole[LOAD] + ACCEPTING,
+            self._words[LOAD] + ACCEPTING,
             (self._least() if self._silent else min(self._loads)) + ACCEPTING,
             self._is_full is not None and self._is_full(),
             now < self._expected_until,
@@ -210,24 +228,25 @@ class Gate:
 
     def _look_again(self) -> None:
         self._timer = None
-        match self._look():
+        now = self._loop.time()
+        match self._look(now):
             case Verdict.WAIT:
                 self._timer = self._loop.call_later(LOOK, self._look_again)
             case Verdict.FULL:
                 self._shut_full()
             case Verdict.TAKE:
-                has_waited = self._loop.time() - self._since >= LONGEST_WAIT
-                if any(self._take(take) for take in tuple(self._takes.values())) and has_waited:
+                has_waited = now - self._since >= LONGEST_WAIT
+                if any(self._take(take, now) for take in tuple(self._takes.values())) and has_waited:
                     self._note_silent()
-                if self._state is State.WAITING:
+                if self.is_waiting:
                     self._open()
 
-    def _take(self, take: Callable[[], bool]) -> bool:
+    def _take(self, take: Callable[[], bool], now: float) -> bool:
         self._since = 0.0
         self._glances = 0
         taken = take()
         if taken:
-            self._expected_until = self._loop.time() + EXPECTATION
+            self._expected_until = now + EXPECTATION
         return taken
 
     def _open(self) -> None:
@@ -235,6 +254,7 @@ class Gate:
             self._timer.cancel()
             self._timer = None
         self._state = State.OPEN
+        self.is_waiting = False
         self._since = 0.0
         self._glances = 0
         for descriptor, take in self._takes.items():
@@ -248,6 +268,7 @@ class Gate:
             self._timer.cancel()
             self._timer = None
         self._state = state
+        self.is_waiting = state is State.WAITING
 
     def _shut_full(self) -> None:
         """Nobody shall wait for us."""
@@ -263,6 +284,7 @@ class Gate:
                 words[index] = 0
             else:
                 del self._silent[index]
+        self._is_plain = not self._silent and self._is_full is None
         return min(words)
 
     def _note_silent(self) -> None:
@@ -276,6 +298,7 @@ class Gate:
                     self._suspects[index] = (said, now)
                 elif now - since >= SILENCE:
                     self._silent[index] = said
+                    self._is_plain = False
 
     def survey(self, now: float) -> None:
         """With each beat of the heart: who is there, who is silent, and whether we hold too much."""

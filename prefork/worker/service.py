@@ -120,7 +120,7 @@ class Service:
         """A connection that was counted has ended."""
         self.slot.closed += 1
         self.slot.whole[LOAD] -= 1
-        if self.gate is not None:
+        if self.gate is not None and self.gate.is_waiting:
             self.gate.on_left()
 
     def drain(self) -> None:

@@ -243,7 +243,8 @@ class Serving:
 
     def _make_gate(self, service: Service) -> Gate | None:
         """None where nobody else accepts from our sockets, or it is not wanted."""
-        settings, threads = self._equipment.settings, self._threads
+        settings = self._equipment.settings
+        threads = None if self._application.interface is Interface.ASGI else self._threads
         if not settings.accept_gate or settings.sharing != "inherit" or self._equipment.is_alone:
             return None
         gate = Gate(

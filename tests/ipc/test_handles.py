@@ -686,3 +686,16 @@ def test_flood_of_handles_that_does_not_wait_for_receipts_is_refused(pair: Pair)
 
     with pytest.raises(FrameError, match="a second handle came before the first was acknowledged"):
         other.receive()
+
+
+def test_receipt_that_comes_after_our_writing_failed_is_no_broken_rule(pair: Pair):
+    """Its handle was dropped with the queue; the peer's last words behind it are still heard."""
+    one, other = pair
+    one.send_user(None, os.open("/dev/null", os.O_RDONLY))
+    one_message(other.receive()).discard()
+    other.send_user("farewell")
+    other.close()
+    with pytest.raises(ChannelClosed):
+        one.send("too late")
+
+    assert one_message(one.receive()).body == "farewell"

@@ -256,6 +256,21 @@ def test_a_worker_that_let_its_turn_pass_is_not_waited_for_again_until_it_moves(
     assert door.taken == taken + 1, "it beats again, so it counts"
 
 
+def test_a_connection_that_a_sibling_took_is_not_taken_for_the_next_one(board):
+    """Nobody tells us that it is gone; the next one has not waited since then."""
+    sibling(board, 1, 0)
+    door = Door(board)
+    door.slot.load += 1
+    door.waiting = 1
+    door.turn()
+    door.waiting = 0
+    door.loop.advance(LONGEST_WAIT * 2)
+    door.waiting = 1
+    door.turn()
+
+    assert door.taken == 0
+
+
 def test_a_waiting_worker_takes_up_at_once_when_it_is_level(board):
     """Its own connection ended: nobody has less now."""
     sibling(board, 1, 0)
