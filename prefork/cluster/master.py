@@ -455,14 +455,19 @@ class Master:
 
     def _watch_leaving(self, handle: WorkerHandle) -> None:
         """It accepts nothing more from now on, and has a bounded time to end."""
-        self._leave_listeners(handle)
+        self.dispatcher.leave(handle)
         is_news = handle.exited_after_disconnect is None
         handle.exited_after_disconnect = True
         if is_news and handle.grace:
             timeout = handle.grace + KILL_GRACE
             self.reactor.call_later(timeout, lambda: self._kill_late(handle, timeout))
         if handle.advance(State.DRAINING):
+            newest = self.last_id
             self.emit("draining", handle=handle)
+            # Without a user its listeners are closed: who comes is refused at once. But one that was forked in
+            # answer to the event may ask for them, and until this one is disconnected clients wait for it.
+            if self.last_id == newest:
+                self._leave_listeners(handle)
 
     def _kill_late(self, handle: WorkerHandle, timeout: float) -> None:
         if not handle.is_dead():
