@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness.client import Client, get
 from tests.harness.program import Program
-from tests.harness.server import wait_for_exit
+from tests.harness.server import halted, wait_for_exit
 
 # Ends a worker that its master's death has left behind, at the latest: process.identity.DEATH_GRACE and a margin.
 ORPHAN_DEADLINE = 8.0  # seconds
@@ -363,6 +363,17 @@ def test_a_worker_whose_master_is_gone_hears_disconnect_and_leaves():
 
         assert wait_for_exit(pid, ORPHAN_DEADLINE)
         assert master.until("disconnects", worker=1)["asked"] is False
+
+
+def test_no_sibling_hides_the_masters_death_from_a_worker():
+    """One that was forked later has a copy of every descriptor of the master, until it lets go of them."""
+    with Program("console") as master:
+        master.fork()
+        master.fork()
+        with halted(master.pid_of(2)):
+            master.signal(signal.SIGKILL)
+            assert wait_for_exit(master.pid_of(1), ORPHAN_DEADLINE)
+            assert master.until("disconnects", worker=1)["asked"] is False
 
 
 def test_a_worker_whose_master_is_gone_answers_what_it_has():
