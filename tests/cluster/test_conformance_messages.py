@@ -291,6 +291,9 @@ def test_no_descriptor_is_left_in_the_sender():
         for kind in ("tcp", "udp", "tcp listener", "pipe", "file", "int"):
             master.do(f"cluster.workers[1].send('here', make({kind!r})) and None")
         master.until("heard", 6, worker=1)
+        # Behind its receipts: by now the master knows that the last one has arrived.
+        master.do("cluster.worker.send('done') and None", worker=1)
+        master.until("message", worker=1)
         master.do("[one.close() for one in made] and made.clear()")
 
         assert master.do("descriptors()") == before
