@@ -455,7 +455,7 @@ class Master:
 
     def _watch_leaving(self, handle: WorkerHandle) -> None:
         """It accepts nothing more from now on, and has a bounded time to end."""
-        self._leave_listeners(handle)
+        self.dispatcher.leave(handle)
         is_news = handle.exited_after_disconnect is None
         handle.exited_after_disconnect = True
         if is_news and handle.grace:
