@@ -136,14 +136,14 @@ def burst(port: int, _round: int) -> dict[str, float]:
 
 
 def kept(port: int, number: int) -> dict[str, float]:
-    result = arrivals("kept", port, "--connections=64", f"--rate={RATE}", "--seconds=2.5", f"--seed={number}")
+    result = arrivals("kept", port, "--connections=64", f"--rate={RATE}", "--seconds=2", f"--seed={number}")
     counts = list(result["answers"].values())
     counts += [0] * (WORKERS - len(counts))
     return {"busiest/idlest": max(counts) / max(1, min(counts)), "p99 ms": result["p99"] * 1000}
 
 
 def mixed(port: int, number: int) -> dict[str, float]:
-    result = arrivals("mixed", port, f"--rate={RATE}", "--seconds=3", f"--seed={number}")
+    result = arrivals("mixed", port, f"--rate={RATE}", "--seconds=2.5", f"--seed={number}")
     return {"short p99 ms": result["short_p99"] * 1000, "p50 ms": result["p50"] * 1000}
 
 
