@@ -6,7 +6,8 @@
 The twin of the classic listing for Node's cluster: the master follows fork, online, listening
 and exit; each worker answers with its id, its pid and its count, and leaves after three
 requests. Leaving is graceful: the third answer arrives whole, and new connections go to the other
-worker. It says so before it goes, so a replacement with the next id is on its way meanwhile.
+worker. `keep` forks another one for each that leaves, with the next id; without it the program would
+end with its last worker. Clients that come while both are being replaced wait, and are served.
 """
 
 import os
@@ -24,7 +25,6 @@ async def handler(request: Request) -> str:
     worker = cluster.worker
     print(f"worker {worker.id}: is incrementing count to {count}", flush=True)
     if count == 3:
-        worker.send("I have had enough")
         worker.disconnect()
     return f"hello world from worker number: {worker.id} pid {worker.process.pid} and the count: {count}\n"
 
@@ -47,18 +47,12 @@ def main() -> int:
     def listening(worker, address):
         print(f"master: listening event (worker: {worker.id}, pid {worker.process.pid}, {address})", flush=True)
 
-    @cluster.on("message")
-    def heard(worker, message, handle):
-        print(f"master: worker {worker.id} says: {message}", flush=True)
-        cluster.fork(work)
-
     @cluster.on("exit")
     def exited(worker, code, signal):
         print(f"master: exit event (worker: {worker.id}, {worker.exit_cause}, code {code})", flush=True)
 
-    for _ in range(2):
-        print("master: about to fork a worker", flush=True)
-        cluster.fork(work)
+    print("master: about to fork two workers", flush=True)
+    cluster.keep(2, work)
     return cluster.run()
 
 

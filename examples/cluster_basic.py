@@ -23,6 +23,10 @@ if cluster.is_master:
     for _ in range(os.cpu_count() or 1):
         cluster.fork()
 
+    @cluster.on("listening")
+    def listening(worker, address):
+        print(f"worker {worker.process.pid} listens on {address}", flush=True)
+
     @cluster.on("exit")
     def restart(worker, code, signal):
         print(f"worker {worker.process.pid} died", flush=True)

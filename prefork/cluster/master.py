@@ -462,7 +462,12 @@ class Master:
             timeout = handle.grace + KILL_GRACE
             self.reactor.call_later(timeout, lambda: self._kill_late(handle, timeout))
         if handle.advance(State.DRAINING):
+            newest = self.last_id
             self.emit("draining", handle=handle)
+            # Without a user its listeners are closed: who comes is refused at once. But one that was forked in
+            # answer to the event may ask for them, and until this one is disconnected clients wait for it.
+            if self.last_id == newest:
+                self._leave_listeners(handle)
 
     def _kill_late(self, handle: WorkerHandle, timeout: float) -> None:
         if not handle.is_dead():

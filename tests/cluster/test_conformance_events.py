@@ -318,23 +318,20 @@ def test_draining_is_told_once_whoever_asked_and_however_often():
 
 
 def test_exactly_one_of_code_and_signal_is_none_and_the_cause_is_a_word():
-    """exit_cause is beyond Node: retired, crashed, killed."""
+    """exit_cause is beyond Node: an "exit" listener need not guess from numbers."""
     with Program("ways") as master:
         master.do("cluster.on('exit', lambda w, c, s: say('cause', worker=w.id, cause=str(w.exit_cause))) and None")
         for end in ("disconnect()", "kill('SIGKILL')"):
             master.do(f"cluster.workers[{master.fork()}].{end} and None")
         master.tell("os._exit(9)", worker=master.fork())
         os.kill(master.pid_of(master.fork()), 9)
-        causes = [master.until("cause", worker=number)["cause"] for number in (1, 2, 3, 4)]
-        exits = [master.until("exit", worker=number) for number in (1, 2, 3, 4)]
+        master.do("cluster.fork(returns) and None")
+        causes = [master.until("cause", worker=number)["cause"] for number in (1, 2, 3, 4, 5)]
+        exits = [master.until("exit", worker=number) for number in (1, 2, 3, 4, 5)]
 
-    assert causes == ["retired", "killed", "crashed", "killed"]
-    assert [(told["code"], told["signal"]) for told in exits] == [
-        (0, None),
-        (None, "SIGKILL"),
-        (9, None),
-        (None, "SIGKILL"),
-    ]
+    assert causes == ["retired", "killed", "crashed", "killed", "finished"]
+    endings = [(told["code"], told["signal"]) for told in exits]
+    assert endings == [(0, None), (None, "SIGKILL"), (9, None), (None, "SIGKILL"), (0, None)]
 
 
 def test_a_listener_that_raises_is_logged_and_the_others_are_called():

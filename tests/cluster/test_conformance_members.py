@@ -283,6 +283,16 @@ def test_stdio_says_it_for_each_stream_and_goes_before_silent(call):
         assert master.told("spoken", by="stderr") == []
 
 
+def test_stdio_may_have_nodes_entry_for_the_channel():
+    """There it has to; here it says nothing, and what was written for Node is understood."""
+    with Program("speaking") as master:
+        master.do("cluster.setup_master(stdio=['ignore', 'pipe', 'pipe', 'ipc'])")
+        master.do("cluster.fork(speaker)")
+
+        assert master.until("spoken", by="stdout")["text"] == "said aloud\n"
+        assert master.until("spoken", by="stderr")["text"] == "said in error\n"
+
+
 def test_a_worker_reads_what_the_master_writes_to_its_stdin():
     """stdio 'pipe' for 0: process.stdin is the other end."""
     with Program("speaking") as master:
@@ -532,6 +542,37 @@ def test_term_ends_the_cluster_gracefully():
         assert master.terminate() == 0
         assert [master.until("exit", worker=number)["code"] for number in (1, 2)] == [0, 0]
         assert master.until("returned")["code"] == 0
+
+
+def test_a_cluster_that_stops_forks_no_more():
+    """The listing that forks on every exit, whatever its cause, ends all the same when it is told to."""
+    with Program(
+        """
+        def work():
+            cluster.worker.on("message", hear)
+
+        tell_all()
+
+        @cluster.on("exit")
+        def again(worker, code, signal):
+            try:
+                cluster.fork(work)
+            except Exception as error:
+                say("refused", kind=type(error).__name__)
+
+        obey()
+        cluster.fork(work)
+        say("returned", code=cluster.run())
+        """
+    ) as master:
+        master.until("online", worker=1)
+        os.kill(master.pid_of(1), 9)
+        master.until("online", worker=2)
+        assert master.terminate() == 0
+
+    assert master.until("refused")["kind"] == "ClusterError"
+    assert master.told("fork", worker=3) == []
+    assert master.until("returned")["code"] == 0
 
 
 # ---- scheduling, Cluster ----
