@@ -227,7 +227,7 @@ class Channel:
         pending = iter(frames)
         try:
             for _ in range(READS_PER_CALL):
-                if not self._read_into(frames):
+                if not self._read_into(frames, messages):
                     break
             for frame in pending:
                 if frame.kind is Kind.USER and not frame.fds and not frame.is_lost:  # by far the most
@@ -301,7 +301,24 @@ class Channel:
         head = header(kind, size, len(fds) if fds else 0, self._max_size if kind in USERS else MAX_SIZE)
         if self._why_not:
             raise ChannelClosed(self._why_not)
-        pieces: list[Buffer] = [head + body] if size <= JOINED_SIZE else [head, body]
+        pieces: list[Buffer]
+        if size > JOINED_SIZE:
+            pieces = [head, body]
+        else:
+            frame = head + body
+            if not (fds or self._queue):  # by far the most
+                try:
+                    count = self._sock.send(frame, descriptors.SEND_FLAGS)
+                except OSError:
+                    count = 0  # the way below says what it is
+                if count == len(frame):
+                    return self._queued <= HIGH_WATER
+                if count:
+                    outgoing = _Outgoing([frame], None)
+                    outgoing.advance(count)
+                    self._enqueue(outgoing)
+                    return self._queued <= HIGH_WATER
+            pieces = [frame]
         if self._queue:
             self._enqueue(_Outgoing(pieces, fds))
             return self._queued <= HIGH_WATER
@@ -384,8 +401,8 @@ class Channel:
 
     # ---- receiving ----
 
-    def _read_into(self, frames: list[Frame]) -> bool:
-        """One read; false if there is no point in another."""
+    def _read_into(self, frames: list[Frame], messages: list[Message]) -> bool:
+        """One read; false if there is no point in another. A lone message takes a short way, past *frames*."""
         if self._is_eof or self._is_closed:
             return False
         room = self._decoder.room() if self._decoder.partial is not None else None
@@ -405,6 +422,11 @@ class Channel:
             self._end()
             return False
         if room is None:
+            if not (frames or fds or is_lost):
+                payload = self._decoder.lone(data)
+                if payload is not None:
+                    messages.append(Message(Kind.USER, from_json(payload)))
+                    return False
             frames += self._decoder.feed(data, fds, is_lost=is_lost)
         else:
             frames += self._decoder.filled(count, fds, is_lost=is_lost)

@@ -24,7 +24,7 @@ _INT_SIZE = array.array("i").itemsize
 _ANCILLARY_SIZE = socket.CMSG_SPACE(MAX_FDS * _INT_SIZE)
 
 # Plain integers: the operators of an enum's members cost more than the system call.
-_SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _RECEIVE_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 _CTRUNC = int(socket.MSG_CTRUNC)
 
@@ -39,10 +39,10 @@ def send(sock: socket.socket, pieces: Sequence[Buffer], fds: Sequence[int] = ())
     """
     if fds:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        return sock.sendmsg(pieces, ancillary, _SEND_FLAGS)
+        return sock.sendmsg(pieces, ancillary, SEND_FLAGS)
     if len(pieces) == 1:
-        return sock.send(pieces[0], _SEND_FLAGS)
-    return sock.sendmsg(pieces, (), _SEND_FLAGS)
+        return sock.send(pieces[0], SEND_FLAGS)
+    return sock.sendmsg(pieces, (), SEND_FLAGS)
 
 
 def receive(sock: socket.socket, size: int) -> tuple[bytes, Sequence[int], bool]:

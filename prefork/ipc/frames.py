@@ -116,6 +116,14 @@ class Decoder:
             raise
         return frames
 
+    def lone(self, data: bytes) -> bytes | None:
+        """The payload, if *data* is one whole USER frame, without descriptors, and nothing else is under way."""
+        if self.partial is None and not self._head and not self._fds and len(data) > HEADER_SIZE:
+            size, number, count = _HEADER.unpack_from(data)
+            if size == len(data) - HEADER_SIZE and number == _USER and not count and size <= self._limits[_USER]:
+                return data[HEADER_SIZE:]
+        return None
+
     def room(self) -> memoryview | None:
         """Where the next bytes belong, if many of one payload are missing."""
         partial = self.partial
@@ -212,6 +220,8 @@ class _Partial:
 
 # A NamedTuple's own way to itself takes twice as long.
 _new = tuple.__new__
+
+_USER = int(Kind.USER)
 
 # Indexed by its number, which is quicker than Kind(number). The first is none.
 _KINDS = (Kind.CONTROL, *Kind)

@@ -82,6 +82,7 @@ class HTTPConnection(asyncio.Protocol):
         "_is_at_once",
         "_is_body_paused",
         "_is_lingering",
+        "_is_load",
         "_is_lost",
         "_is_reading",
         "_is_resting",
@@ -127,6 +128,7 @@ class HTTPConnection(asyncio.Protocol):
         self._linger_end = 0.0
         self._has_eof = False
         self._has_served = False
+        self._is_load = True  # it counts where the workers compare how much they have
         self._is_lost = False
         self._drained: asyncio.Future[None] | None = None  # set while the client is behind
         self._transfer: Transfer | None = None  # of a file, by sendfile
@@ -159,7 +161,8 @@ class HTTPConnection(asyncio.Protocol):
             self._transfer.stop()
         self._rearm()
         self._service.leave(self)
-        self._service.count_closed()
+        self._service.slot.closed += 1
+        self._put_down()
         self._release_writers()
         exchange = self._exchange
         if exchange is not None:
@@ -591,7 +594,13 @@ class HTTPConnection(asyncio.Protocol):
             with suppress(OSError):
                 self._accepted.shutdown(socket.SHUT_WR)
         self._transport.close()
+        self._put_down()  # now, and not in a turn or two: else the gate would leave the next connection to others
         self._rearm()
+
+    def _put_down(self) -> None:
+        if self._is_load:
+            self._is_load = False
+            self._service.put_down()
 
     def _linger(self) -> None:
         """Say that we are done, and read on for a moment before closing."""

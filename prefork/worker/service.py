@@ -119,6 +119,10 @@ class Service:
     def count_closed(self) -> None:
         """A connection that was counted has ended."""
         self.slot.closed += 1
+        self.put_down()
+
+    def put_down(self) -> None:
+        """A connection is no load any more."""
         self.slot.whole[LOAD] -= 1
         if self.gate is not None and self.gate.is_waiting:
             self.gate.on_left()
