@@ -56,9 +56,9 @@ class Emitter:
         Those are the listeners at this moment: what a listener adds or removes counts
         from the next emit on, as in Node.
         """
-        entries = self._named(event)
+        entries = self._entries.get(event)
         if not entries:
-            return False
+            return bool(self._named(event))
         for entry in tuple(entries):
             if entry.is_once:
                 if entry.is_spent:  # a listener before it emitted the same event
@@ -66,7 +66,10 @@ class Emitter:
                 entry.is_spent = True
                 if entry in entries:
                     entries.remove(entry)
-            _call(event, entry.listener, args)
+            try:
+                entry.listener(*args)
+            except Exception:  # noqa: BLE001 - one of the three doors: a listener may raise whatever it likes
+                logger.exception("listener %s of event %r failed", _name(entry.listener), event)
         return True
 
     def listeners(self, event: str) -> tuple[Listener, ...]:
@@ -105,13 +108,6 @@ class _Entry:
         self.listener = listener
         self.is_once = is_once
         self.is_spent = False
-
-
-def _call(event: str, listener: Listener, args: tuple[object, ...]) -> None:
-    try:
-        listener(*args)
-    except Exception:  # noqa: BLE001 - one of the three doors: a listener may raise whatever it likes
-        logger.exception("listener %s of event %r failed", _name(listener), event)
 
 
 def _name(listener: Listener) -> str:

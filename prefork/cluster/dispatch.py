@@ -234,6 +234,7 @@ class Dispatcher:
 class Door:
     """A listening socket, as a source of the reactor, with those that came by it and those that may get them."""
 
+    is_steady = False
     wants_write = False
 
     def __init__(self, dispatcher: Dispatcher, index: int, listening: socket.socket, pick: Pick) -> None:

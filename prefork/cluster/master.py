@@ -56,6 +56,9 @@ MOST_WORKERS = 1024
 # An error in every turn would only fill the disk with its tracebacks.
 MOST_MISHAPS = 100
 
+# An enum's members cost a look-up each time, and messages may be many.
+USER, ACK, PUBLISH = Kind.USER, Kind.ACK, Kind.PUBLISH
+
 CAUGHT = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -273,16 +276,17 @@ class Master:
     # ---- what workers say ----
 
     def _on_message(self, handle: WorkerHandle, message: Message) -> None:
-        match message.kind:
-            case Kind.ACK:
-                self.dispatcher.hear(handle, message.body)
-            case Kind.PUBLISH:
-                self._topics.publish(message.body)
-            case Kind.USER:
-                if not self.emit("message", message.body, message.handle, handle=handle):
-                    message.discard()
-            case Kind.CONTROL:
-                getattr(self, f"_hear_{message.body['type']}")(handle, message.body)
+        kind = message.kind
+        if kind is USER:
+            heard = handle.emit("message", message.body, message.handle)
+            if not self._emitter.emit("message", handle, message.body, message.handle) and not heard:
+                message.discard()
+        elif kind is ACK:
+            self.dispatcher.hear(handle, message.body)
+        elif kind is PUBLISH:
+            self._topics.publish(message.body)
+        else:
+            getattr(self, f"_hear_{message.body['type']}")(handle, message.body)
 
     def _hear_online(self, handle: WorkerHandle, _body: dict[str, Any]) -> None:
         if handle.advance(State.ONLINE):

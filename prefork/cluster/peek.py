@@ -86,6 +86,7 @@ class Peeks:
 class Peek:
     """One connection, as a source of the reactor."""
 
+    is_steady = False
     wants_write = False
 
     def __init__(self, peeks: Peeks, offer: Offer) -> None:

@@ -27,6 +27,8 @@ class Source(Protocol):
 
     def fileno(self) -> int: ...
 
+    is_steady: bool  # what it wants changes only in its own calls, or it says so by `Reactor.refresh`
+
     @property
     def wants_read(self) -> bool:
         """False while what arrives shall wait in the kernel."""
@@ -72,6 +74,8 @@ class Reactor:
         self._poll = select.poll()
         self._sources: dict[int, Source] = {}
         self._masks: dict[int, int] = {}
+        self._unsteady: set[int] = set()  # descriptors whose masks are looked at in every turn
+        self._changed: set[int] = set()  # and those that are in the next one
         self._timers: list[Timer] = []
         self._soon: list[Callable[[], object]] = []
         self._order = itertools.count()
@@ -81,10 +85,19 @@ class Reactor:
         self._sources[descriptor] = source
         # Registered by the next turn. One that replaces another on the same descriptor keeps what poll knows of it.
         self._masks.setdefault(descriptor, 0)
+        self._changed.add(descriptor)
+        if not source.is_steady:
+            self._unsteady.add(descriptor)
+
+    def refresh(self, source: Source) -> None:
+        """What a steady *source* wants has changed."""
+        self._changed.add(source.fileno())
 
     def remove(self, source: Source) -> None:
         """Forget *source*; before its descriptor is closed, since the number may be used again."""
         descriptor = source.fileno()
+        self._unsteady.discard(descriptor)
+        self._changed.discard(descriptor)
         if self._sources.pop(descriptor, None) is not None and self._masks.pop(descriptor):
             self._poll.unregister(descriptor)
 
@@ -111,10 +124,14 @@ class Reactor:
                 source.on_readable()
             if source is not None and events & WRITABLE and self._sources.get(descriptor) is source:
                 source.on_writable()
+                self._changed.add(descriptor)
         self._run_due()
 
     def _refresh_masks(self) -> None:
-        for descriptor, source in self._sources.items():
+        for descriptor in (*self._unsteady, *self._changed):
+            source = self._sources.get(descriptor)
+            if source is None:
+                continue
             mask = (READABLE if source.wants_read else 0) | (WRITABLE if source.wants_write else 0)
             registered = self._masks[descriptor]
             if mask == registered:
@@ -124,6 +141,7 @@ class Reactor:
             else:  # a mask of 0 would still report POLLHUP, turn after turn
                 self._poll.unregister(descriptor)
             self._masks[descriptor] = mask
+        self._changed.clear()
 
     def _patience(self) -> float | None:
         """Milliseconds until the next timer; None for ever."""
@@ -153,5 +171,7 @@ class Reactor:
         """Forget everything; there is no descriptor of its own to give back."""
         self._sources.clear()
         self._masks.clear()
+        self._unsteady.clear()
+        self._changed.clear()
         self._timers.clear()
         self._soon.clear()

@@ -27,6 +27,7 @@ OUTPUT_SIZE = 64 * 1024
 class ChannelSource:
     """A worker's channel as the reactor sees it."""
 
+    is_steady = True
     wants_read = True
 
     def __init__(
@@ -41,6 +42,7 @@ class ChannelSource:
         self._on_message = on_message
         self._on_end = on_end
         self._retry: Timer | None = None
+        handle.channel.on_backlog = self._on_backlog
 
     def fileno(self) -> int:
         return self.handle.channel.fileno()
@@ -59,7 +61,10 @@ class ChannelSource:
             self._on_end(self)
             return
         for message in messages:
-            with message.fds:
+            if message.fds:
+                with message.fds:
+                    self._on_message(self.handle, message)
+            else:
                 self._on_message(self.handle, message)
         self._look_after()
         if channel.is_eof:
@@ -78,6 +83,10 @@ class ChannelSource:
         with suppress(ChannelClosed):  # its end is told by reading
             self.handle.channel.flush()
         self._look_after()
+
+    def _on_backlog(self) -> None:
+        """The kernel did not take all of a message."""
+        self._reactor.refresh(self)
 
     def _look_after(self) -> None:
         """Tell who waits for room; see to it that a handle that did not arrive is sent again in its time."""
@@ -98,6 +107,7 @@ class ChannelSource:
 class OutputSource:
     """The pipe that a worker writes its stdout or stderr into."""
 
+    is_steady = True
     wants_read = True
     wants_write = False
 
@@ -131,6 +141,7 @@ class OutputSource:
 class ExitSource:
     """A worker's pidfd: readable once the process has ended, however it ended."""
 
+    is_steady = True
     wants_read = True
     wants_write = False
 
@@ -151,6 +162,7 @@ class ExitSource:
 class SignalSource:
     """The inbox of signals as the reactor sees it."""
 
+    is_steady = True
     wants_read = True
     wants_write = False
 

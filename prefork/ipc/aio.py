@@ -39,6 +39,7 @@ class AsyncChannel:
         self._is_watching_writes = False
         self._retry_timer: asyncio.TimerHandle | None = None
         self._drained: list[asyncio.Future[None]] = []  # of those who wait
+        channel.on_backlog = self._watch_writes
         loop.add_reader(channel.fileno(), self._readable)
         self._follow_up()
 
@@ -54,9 +55,7 @@ class AsyncChannel:
 
     def send(self, message: Any, *, kind: Kind = Kind.CONTROL, fds: Sequence[int] = (), keep: bool = False) -> bool:
         """See `Channel.send`."""
-        is_below_high_water = self.channel.send(message, kind=kind, fds=fds, keep=keep)
-        self._watch_writes()
-        return is_below_high_water
+        return self.channel.send(message, kind=kind, fds=fds, keep=keep)
 
     def send_user(self, message: Any, handle: object = None, *, keep: bool = False, received: bytes = b"") -> bool:
         """See `Channel.send_user`."""
@@ -82,6 +81,7 @@ class AsyncChannel:
         self._loop.remove_reader(self.channel.fileno())
         self._loop.remove_writer(self.channel.fileno())
         self._is_watching_writes = False
+        self.channel.on_backlog = None
         self.channel.close()
         self._watch_retry()
         self._tell_drained(ChannelClosed("the channel has ended"))

@@ -23,7 +23,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +108,7 @@ class Channel:
         "_unacked",
         "_user_kind",
         "_why_not",
+        "on_backlog",
         "retry_at",
     )
 
@@ -131,6 +132,7 @@ class Channel:
         self._is_eof = False
         self._is_closed = False
         self._is_broken = False  # writing failed: nobody will read what we send
+        self.on_backlog: Callable[[], object] | None = None  # called when `wants_write` becomes true
         self.retry_at: float | None = None  # when `retry` is to be called, on the monotonic clock
 
     @classmethod
@@ -371,6 +373,8 @@ class Channel:
     def _enqueue(self, outgoing: _Outgoing) -> None:
         self._queue.append(outgoing)
         self._queued += outgoing.left
+        if len(self._queue) == 1 and self.on_backlog is not None:
+            self.on_backlog()
 
     def _write(self, outgoing: _Outgoing) -> bool:
         """True once all of *outgoing* has left."""
@@ -494,6 +498,8 @@ class Channel:
         self._receipt = _Outgoing([header(Kind.RECEIPT, len(receipt)) + receipt], None)
         self._queue.insert(1 if self._queue and self._queue[0].has_begun else 0, self._receipt)
         self._queued += self._receipt.left
+        if len(self._queue) == 1 and self.on_backlog is not None:
+            self.on_backlog()
         self.flush()
 
     def _settle(self, receipt: bytes) -> None:

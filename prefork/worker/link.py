@@ -162,6 +162,9 @@ class Worker:
         unless *keep*; *received* are bytes that were read from it already. Raises ChannelClosed,
         and TypeError or ValueError for what cannot be sent.
         """
+        line = self._line
+        if line is not None and threading.get_ident() == self._thread and not self._loop_is_over:
+            return line.send_user(message, handle, keep=keep, received=received)
         return self._do(lambda: self._way_out.send_user(message, handle, keep=keep, received=received))
 
     async def asend(self, message: Any, handle: Any = None, *, keep: bool = False, received: bytes = b"") -> None:
@@ -370,8 +373,9 @@ class Worker:
     def _on_message(self, message: Message) -> None:
         match message.kind:
             case Kind.USER:
-                self._kept.append((message.body, message.handle))
-                self._give_kept()
+                if self._kept or not self._emitter.emit("message", message.body, message.handle):
+                    self._kept.append((message.body, message.handle))
+                    self._give_kept()
             case Kind.PUBLISH:
                 self._subscriptions.deliver(message.body)
             case Kind.HANDOFF if self.server is not None:

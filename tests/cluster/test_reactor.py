@@ -11,6 +11,7 @@ from prefork.cluster.reactor import Reactor
 class Ear:
     """A source that notes what it is told."""
 
+    is_steady = False
     wants_read = True
     wants_write = False
 
@@ -190,4 +191,41 @@ def test_the_reactor_survives_a_child_that_closes_its_copies():
     reactor.turn()
 
     assert ear.heard == [b"before", b"after"]
+    ear.socket.close(), mouth.close()
+
+
+def test_a_steady_source_is_looked_at_again_only_when_it_says_so():
+    """A master with hundreds of workers must not ask each of them in every turn."""
+    reactor = Reactor()
+    ear, mouth = pair()
+    ear.is_steady, ear.wants_read = True, False
+    reactor.add(ear)
+    mouth.send(b"hello")
+
+    def turn():
+        reactor.call_later(0.0, lambda: None)
+        reactor.turn()
+        return ear.heard
+
+    assert turn() == []
+    ear.wants_read = True
+    assert turn() == []
+    reactor.refresh(ear)
+    assert turn() == [b"hello"]
+    ear.socket.close(), mouth.close()
+
+
+def test_what_is_called_soon_comes_before_what_arrives():
+    """A worker's "fork" is told before its "online", however quick it is."""
+    reactor = Reactor()
+    ear, mouth = pair()
+    reactor.add(ear)
+    mouth.send(b"hello")
+    told = []
+    reactor.call_soon(lambda: told.append(list(ear.heard)))
+
+    reactor.turn()
+
+    assert told == [[]]
+    assert ear.heard == [b"hello"]
     ear.socket.close(), mouth.close()
