@@ -1,18 +1,17 @@
-"""Messages between a parent and its child: prefork's Channel, Node's process.send, multiprocessing.Pipe.
+"""Messages between a parent and its child: prefork's cluster, Node's process.send, multiprocessing.Pipe.
 
 Round trips: a string of 100 bytes goes to the child and back, one at a time. Large ones: strings of
 1 MB go to the child, which answers each with a null; four are on their way at any time, so that a
 process which can work while the other does may do so.
 
-prefork's parent side is driven by the master's reactor and the child's by an AsyncChannel on uvloop, as
-in a server; Node's sides by its own loop. multiprocessing.Pipe has no loop: its processes do nothing
+prefork's sides are a master and a worker of `prefork.cluster`, with listeners of "message"; Node's the same
+of child_process.fork. multiprocessing.Pipe has no loop: its processes do nothing
 but wait for the next message, so it is not a server's choice but a mark to compare with.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import multiprocessing
 import os
 import shutil
@@ -20,18 +19,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
-import uvloop
-
 from loadtest.rig import machine, table
-from prefork.cluster.reactor import Reactor
-from prefork.errors import ChannelClosed
-from prefork.ipc.aio import AsyncChannel
-from prefork.ipc.channel import Channel, Message
 
 SMALL = "x" * 100
 LARGE = "x" * 1_000_000
@@ -44,7 +36,7 @@ WARM_UP = 0.2
 
 PROGRAM = Path(__file__).with_name("ipc.mjs")
 
-# Seconds that node may take beyond those of its measurement.
+# Seconds that a program may take beyond those of its measurement.
 PATIENCE = 20.0
 
 
@@ -72,63 +64,21 @@ class Count:
         return False
 
 
-class Asking:
-    """The parent's end, as a source of the reactor."""
-
-    wants_read = True
-
-    def __init__(self, channel: Channel, message: str, window: int, seconds: float) -> None:
-        self._channel = channel
-        self._message = message
-        self.count = Count(seconds)
-        self.fileno = channel.fileno
-        for _ in range(window):
-            channel.send_user(message)
-
-    @property
-    def wants_write(self) -> bool:
-        return self._channel.wants_write
-
-    def on_readable(self) -> None:
-        for _ in self._channel.receive():
-            if not self.count.rate and self.count.answer():
-                self._channel.send_user(self._message)
-
-    def on_writable(self) -> None:
-        self._channel.flush()
-
-
 def prefork(serialization: str) -> Callable[[str, float], float]:
+    return _run([sys.executable, "-m", "loadtest.ipc_cluster", serialization])
+
+
+def node(serialization: str) -> Callable[[str, float], float]:
+    return _run(["node", str(PROGRAM), serialization])
+
+
+def _run(command: list[str]) -> Callable[[str, float], float]:
     def measure(mode: str, seconds: float) -> float:
-        parent, child = Channel.pair(serialization=serialization)
-        with forked(lambda: _answer_on_uvloop(parent, child, mode)):
-            child.close()
-            reactor = Reactor()
-            source = Asking(parent, *_load(mode), seconds)
-            reactor.add(source)
-            while not source.count.rate:
-                reactor.turn()
-            parent.close()
-        return source.count.rate
+        whole = [*command, mode, str(seconds)]
+        done = subprocess.run(whole, capture_output=True, text=True, timeout=seconds + PATIENCE, check=True)
+        return float(done.stdout)
 
     return measure
-
-
-def _answer_on_uvloop(parent: Channel, child: Channel, mode: str) -> None:
-    parent.close()
-
-    async def main() -> None:
-        closed = asyncio.Event()
-
-        def answer(message: Message) -> None:
-            with suppress(ChannelClosed):  # the parent has measured enough
-                channel.send_user(message.body if mode == "trips" else None)
-
-        channel = AsyncChannel(child, asyncio.get_running_loop(), answer, closed.set)
-        await closed.wait()
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
 
 
 def pipe(mode: str, seconds: float) -> float:
@@ -153,15 +103,6 @@ def _answer_on_pipe(parent: Connection, child: Connection, mode: str) -> None:
             child.send(message if mode == "trips" else None)
         except (EOFError, OSError):
             return
-
-
-def node(serialization: str) -> Callable[[str, float], float]:
-    def measure(mode: str, seconds: float) -> float:
-        command = ["node", str(PROGRAM), serialization, mode, str(seconds)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + PATIENCE, check=True)
-        return float(done.stdout)
-
-    return measure
 
 
 def _load(mode: str) -> tuple[str, int]:
