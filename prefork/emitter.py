@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import TypeVar, overload
 
-from prefork.errors import UnknownEvent, did_you_mean
+from prefork.errors import ClusterStopping, UnknownEvent, did_you_mean
 from prefork.log import logger
 
 Listener = Callable[..., object]
@@ -68,6 +68,8 @@ class Emitter:
                     entries.remove(entry)
             try:
                 entry.listener(*args)
+            except ClusterStopping as error:
+                logger.info("listener %s of event %r ended: %s", _name(entry.listener), event, error)
             except Exception:  # noqa: BLE001 - one of the three doors: a listener may raise whatever it likes
                 logger.exception("listener %s of event %r failed", _name(entry.listener), event)
         return True

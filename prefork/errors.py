@@ -27,6 +27,10 @@ class ClusterError(PreforkError):
     """Something of `prefork.cluster` was called in the wrong process, or at the wrong time."""
 
 
+class ClusterStopping(ClusterError):
+    """A worker was to be forked while the cluster stops. From a listener it is no mishap, and logged as such."""
+
+
 class AddressError(PreforkError, ValueError):
     """An address to bind cannot be understood."""
 

@@ -10,11 +10,10 @@ import inspect
 import os
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from prefork.cluster.handles import WorkerHandle
 from prefork.cluster.keeper import Keeper
-from prefork.cluster.lifecycle import State
 from prefork.cluster.master import CAUGHT, Master
 from prefork.cluster.reactor import Timer
 from prefork.cluster.setup import ClusterSettings
@@ -24,6 +23,7 @@ from prefork.emitter import Emitter
 from prefork.errors import ChannelClosed, ClusterError, ConfigError
 from prefork.net.address import Address
 from prefork.net.listener import Listener
+from prefork.process.lifecycle import State
 from prefork.process.signals import SignalInbox
 from prefork.worker.main import Worker, join, listen
 
@@ -42,14 +42,21 @@ class Cluster:
     Listeners run in the master between two events, so they should be quick.
     """
 
+    # In a worker: which one this process is. A process is a worker of one cluster, and the master of none then.
+    _worker: ClassVar[Worker | None] = None
+
     def __init__(self) -> None:
         self._emitter = Emitter(EVENTS)
         self.on, self.once, self.off = self._emitter.on, self._emitter.once, self._emitter.off
         self.workers: dict[int, WorkerHandle] = {}
         self.settings = ClusterSettings()
-        self.worker: Worker | None = None  # in a worker: which one this process is
         self._present: Master | None = None
         self._last_id = 0
+
+    @property
+    def worker(self) -> Worker | None:
+        """The worker that this process is; None in a master."""
+        return Cluster._worker
 
     @property
     def is_master(self) -> bool:
@@ -229,7 +236,7 @@ class Cluster:
 
     def _become(self, worker: Worker) -> None:
         """In a forked child: from here on this process is *worker*."""
-        self.worker = worker
+        Cluster._worker = worker
         self.workers = {}
 
     def join(self) -> None:

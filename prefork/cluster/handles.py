@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from signal import Signals, pidfd_send_signal
 from typing import Any
 
-from prefork.cluster.lifecycle import State, may_become
 from prefork.cluster.policy import Ending, ExitCause
 from prefork.emitter import Emitter
 from prefork.errors import ChannelClosed, did_you_mean
 from prefork.ipc.channel import Channel
+from prefork.process.lifecycle import State, may_become
 from prefork.process.status import ExitStatus
 from prefork.scoreboard import Slot
 
@@ -144,12 +144,6 @@ class WorkerHandle:
         if not self.is_dead():
             with suppress(ProcessLookupError):  # it exited between our decision and our signal
                 pidfd_send_signal(self.pidfd, number)
-
-    def ask_to_leave(self) -> None:
-        """The asking alone, for the master, which sees to it that it is heard."""
-        self.tell({"type": "drain"})
-        if not self.hears:  # it imports, or is busy with code of its own
-            self.signal(Signals.SIGTERM)
 
     def tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> bool:
         """A message of prefork's own, with duplicates of *fds*. False: its channel is gone, its exit will be told."""

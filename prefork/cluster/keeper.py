@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prefork.cluster.handles import WorkerHandle
-from prefork.cluster.lifecycle import State
 from prefork.cluster.policy import NEVER_BOOTED, GiveUp, StartAgain, after_exit, delay_after
 from prefork.cluster.reactor import Timer
 from prefork.errors import reason_of
+from prefork.process.lifecycle import State
 from prefork.process.status import BOOT_FAILED
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import Any
 from prefork.cluster.dispatch import Dispatcher
 from prefork.cluster.handles import WorkerHandle
 from prefork.cluster.picks import make_pick
+from prefork.errors import ConfigError
 from prefork.net.address import Address, fitting, parse_address
 from prefork.net.listener import Listener
 from prefork.net.sharing import Sharing
@@ -76,8 +77,14 @@ class Listeners:
             asked = wishes.get("sharing", defaults.sharing)
             sharing = _raw(Sharing(defaults.sharing)) if asked == RAW else Sharing(asked)
             backlog = wishes.get("backlog", defaults.backlog)
-            listener = Listener.open(fitting(parse_address(key[0])), sharing=sharing, slots=0, backlog=backlog)
-            shared = self._add(key, listener, make_pick(wishes.get("pick", defaults.pick)))
+            pick = make_pick(wishes.get("pick", defaults.pick))
+            if sharing is Sharing.HANDOFF and pick.needs_head and wishes.get("is_encrypted"):
+                raise ConfigError(
+                    f"the pick for {key[0]} wants to see requests, and there they are encrypted (certfile)"
+                )
+            address = fitting(parse_address(key[0]))
+            listener = Listener.open(address, sharing=sharing, slots=1, backlog=backlog, first=handle.slot)
+            shared = self._add(key, listener, pick)
         shared.users.add(handle.id)
         return shared
 
@@ -109,7 +116,10 @@ class Listeners:
             shared.users.discard(handle.id)
             if shared.is_handed_off:
                 self._dispatcher.leave(handle, shared.index)
-            if not shared.users and not shared.is_held and not is_replaced:
+            if is_replaced or shared.is_held:
+                continue
+            shared.listener.release(handle.slot)  # the kernel must send nothing there
+            if not shared.users:
                 self._close(shared)
 
     def release(self, slot: int) -> None:

@@ -24,7 +24,6 @@ from prefork import log as logs
 from prefork.cluster.dispatch import Dispatcher
 from prefork.cluster.handles import BootFailure, Output, Process, WorkerHandle
 from prefork.cluster.keeper import Keeper
-from prefork.cluster.lifecycle import State
 from prefork.cluster.listeners import Listeners
 from prefork.cluster.policy import ExitCause, cause_of
 from prefork.cluster.reactor import Reactor, Timer
@@ -33,10 +32,11 @@ from prefork.cluster.sources import ChannelSource, ExitSource, OutputSource, Sig
 from prefork.cluster.start import Beginning, Start
 from prefork.cluster.topics import Topics
 from prefork.emitter import Emitter
-from prefork.errors import ClusterError, PreforkError
+from prefork.errors import ClusterError, ClusterStopping, PreforkError
 from prefork.ipc.channel import Channel, Message
 from prefork.ipc.frames import Kind
 from prefork.process import forking
+from prefork.process.lifecycle import State
 from prefork.process.reaping import reap, reap_orphans
 from prefork.process.signals import SignalInbox
 from prefork.process.stdio import Stdio
@@ -49,6 +49,10 @@ log = logging.getLogger("prefork")
 # runs the application's shutdown (4 s). Only one that cannot even do that is killed, this many
 # seconds after the graceful timeout.
 KILL_GRACE = 7.0
+
+# A worker that was asked to leave before its loop reads the channel has this long to come to it, in
+# seconds. What was sent to it before is heard first then.
+TIME_TO_HEAR = 1.0
 
 # The scoreboard cannot grow after the first fork; a slot that was never used costs no memory.
 MOST_WORKERS = 1024
@@ -70,6 +74,10 @@ CAUGHT = (
     signal.SIGTTOU,
     signal.SIGCHLD,
 )
+
+
+# Of this process: a program may have more than one cluster.
+_living: set[Master] = set()
 
 
 class Master:
@@ -102,6 +110,7 @@ class Master:
         self._pending = 0  # calls of the program that are still to come
         self._exit_code = 0
         self._mishaps = 0  # turns in a row that ended in an error
+        _living.add(self)
 
     @property
     def is_running(self) -> bool:
@@ -182,7 +191,7 @@ class Master:
     ) -> WorkerHandle:
         """A new worker. Raises ClusterError, and OSError where the kernel refuses."""
         if self.is_stopping:
-            raise ClusterError("the cluster is stopping, and starts no worker any more")
+            raise ClusterStopping("the cluster is stopping, and starts no worker any more")
         settings = self.settings
         slot = self._free_slot() if slot is None else slot
         now = self.reactor.now()
@@ -265,13 +274,24 @@ class Master:
     def _be_worker(self, beginning: Beginning, masters_end: Channel) -> int:
         """In the child: let go of all that is the master's, then begin."""
         masters_end.close()
+        for master in _living:
+            master._let_go()
+            if master is not self:
+                master.listeners.close()
+        _living.clear()
+        return beginning.run(self.listeners.inherit(beginning.seat.slot))
+
+    def _let_go(self) -> None:
+        """In a child of this master, or of another one of the same program: close what only a master holds.
+
+        A copy of a channel's end would hide the master's death from the worker at the other.
+        """
         for handle in self._workers.values():
             handle.close()
         self.reactor.close_in_child()
         self.dispatcher.close()
         if self._inbox is not None:
             self._inbox.close_inherited()
-        return beginning.run(self.listeners.inherit(beginning.seat.slot))
 
     # ---- what workers say ----
 
@@ -304,7 +324,8 @@ class Master:
         descriptors: list[int] = []
         try:
             shared = self.listeners.ask(handle, question, self.settings)
-            answer |= {"listener": shared.index, "address": str(shared.listener.address)}
+            listener = shared.listener
+            answer |= {"listener": shared.index, "address": str(listener.address), "sharing": listener.sharing}
             if not shared.is_handed_off:
                 descriptors.append(shared.listener.socket_for(handle.slot).fileno())
         except (PreforkError, OSError) as error:
@@ -455,7 +476,16 @@ class Master:
 
     def _retire(self, handle: WorkerHandle) -> None:
         self._watch_leaving(handle)
-        handle.ask_to_leave()
+        handle.tell({"type": "drain"})
+        if handle.has_to_listen:  # it holds nothing yet, and whoever imports an application does not read
+            self._remind(handle)
+        else:
+            self.reactor.call_later(TIME_TO_HEAR, lambda: self._remind(handle))
+
+    def _remind(self, handle: WorkerHandle) -> None:
+        """It does not read its channel: it is busy with code of its own."""
+        if not handle.hears:
+            handle.signal(signal.SIGTERM)
 
     def _watch_leaving(self, handle: WorkerHandle) -> None:
         """It accepts nothing more from now on, and has a bounded time to end."""
@@ -508,6 +538,7 @@ class Master:
 
     def close(self) -> None:
         """Leave nothing behind, whatever ended the loop."""
+        _living.discard(self)
         for handle in list(self._workers.values()):  # only after an error of our own
             handle.signal(signal.SIGKILL)
             with suppress(ChildProcessError):

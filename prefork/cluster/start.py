@@ -59,7 +59,9 @@ class Beginning:
         worker = Worker(self.seat, self.channel, self.board)
         for shared in inherited:
             listening = None if shared.is_handed_off else shared.listener.socket_for(self.seat.slot)
-            worker.inherited[shared.key] = Shared(shared.index, shared.listener.address, listening)
+            worker.inherited[shared.key] = Shared(
+                shared.index, shared.listener.address, shared.listener.sharing, listening
+            )
         self.become(worker)
         return run(worker, _identity(settings), self.start.target, self.start.args)
 

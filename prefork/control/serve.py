@@ -20,7 +20,6 @@ from typing import Any
 
 from prefork import log as logs
 from prefork.cluster.api import Cluster, the_cluster
-from prefork.cluster.lifecycle import State
 from prefork.cluster.picks import Pick, make_pick
 from prefork.config import Settings
 from prefork.control.place import Stopped, alone, check_place, current_directory, prepare_environment, signals_caught
@@ -31,6 +30,7 @@ from prefork.net.listener import Listener
 from prefork.net.sharing import Sharing
 from prefork.net.tls import RENEWAL_INTERVAL, TLS
 from prefork.process.identity import owner, resolve
+from prefork.process.lifecycle import State
 from prefork.process.pidfile import PidFile
 from prefork.process.signals import SignalInbox
 from prefork.process.status import LOAD_FAILED

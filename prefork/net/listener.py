@@ -53,10 +53,11 @@ class Listener:
         backlog: int,
         unix_mode: int | None = None,
         unix_owner: tuple[int, int] | None = None,
+        first: int = _SHARED,
     ) -> Listener:
         """Bind and listen. Raises ListenError with a sentence that says what stood in the way.
 
-        *slots* sockets are made for reuseport, numbered from 0, and one otherwise. *backlog* is in
+        *slots* sockets are made for reuseport, numbered from *first*, and one otherwise. *backlog* is in
         connections, for each socket. *unix_mode* and *unix_owner* (uid, gid) apply to a socket file.
         """
         sharing = effective_sharing(sharing, address)
@@ -71,9 +72,10 @@ class Listener:
             path = address if socket_file is None else UnixAddress(socket_file.path)
             return cls(path, sharing, {_SHARED: sock}, backlog=backlog, socket_file=socket_file)
         sock = bind_tcp(address, backlog)
-        listener = cls(bound_address(sock), sharing, {_SHARED: sock}, backlog=backlog)
+        number = first if sharing is Sharing.REUSEPORT else _SHARED
+        listener = cls(bound_address(sock), sharing, {number: sock}, backlog=backlog)
         if sharing is Sharing.REUSEPORT:
-            listener._open_slots(sock, slots)
+            listener._open_slots(sock, range(first, first + slots))
         return listener
 
     def socket_for(self, slot: int) -> socket.socket:
@@ -116,13 +118,13 @@ class Listener:
             raise ListenError(f"{self.address} has a socket for each of {len(self._sockets)} slots, not one for all")
         return self._sockets[_SHARED].fileno() if self._sockets else -1
 
-    def _open_slots(self, first: socket.socket, slots: int) -> None:
+    def _open_slots(self, first: socket.socket, slots: range) -> None:
         try:
             # The first socket was bound and listens without SO_REUSEPORT: the kernel has proved
             # that nobody else holds the port, even one who would share it. Joining the group only
             # now leaves no moment in which a second server could slip in. See socket(7).
             first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            for slot in range(slots):
+            for slot in slots:
                 self.socket_for(slot)
         except BaseException:
             self.close()

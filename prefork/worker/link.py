@@ -33,6 +33,7 @@ from prefork.ipc.frames import MAX_SIZE, Kind
 from prefork.ipc.handoff import Verdict, decode_offers, encode_answer
 from prefork.net.address import Address, absolute, parse_address
 from prefork.net.sharing import Sharing
+from prefork.process.lifecycle import State, may_become
 from prefork.scoreboard import Scoreboard
 from prefork.worker.loop import loop_factory
 from prefork.worker.topics import Subscription, Subscriptions
@@ -77,6 +78,7 @@ class Shared:
 
     index: int  # its number in the master
     address: Address  # as bound
+    sharing: Sharing
     socket: socket.socket | None  # None: the master accepts, and hands connections over
 
 
@@ -117,6 +119,7 @@ class Worker:
         self.process = ThisProcess(self.pid)
         self.seat = seat
         self.board = board
+        self.state = State.ONLINE
         self.exited_after_disconnect: bool | None = None  # True once it is leaving of its own will, or was asked to
         self.controls: dict[str, Callable[[dict[str, Any]], None]] = {"drain": lambda _: self._leave()}
         self.inherited: dict[tuple[str, int], Shared] = {}  # listeners that the fork brought, by what was asked for
@@ -233,6 +236,8 @@ class Worker:
 
     def tell_listening(self, listeners: list[Shared], application: str | None = None) -> None:
         """From here on we accept on *listeners*."""
+        if may_become(self.state, State.LISTENING):
+            self.state = State.LISTENING
         body = {"type": "listening", "listeners": [shared.index for shared in listeners], "application": application}
         self.tell(body)
 
@@ -417,6 +422,7 @@ class Worker:
     def _tell_ended(self) -> None:
         if not self._has_ended:
             self._has_ended = True
+            self.state = State.DISCONNECTED
             self.exited_after_disconnect = bool(self.exited_after_disconnect)
             self._subscriptions.close()
             self._emitter.emit("disconnect")
@@ -426,6 +432,7 @@ class Worker:
     def _say_that_we_leave(self) -> None:
         if self.exited_after_disconnect is None:
             self.exited_after_disconnect = True
+            self.state = State.DRAINING
             self.tell({"type": "draining"})
             self._emitter.emit("draining")
 
@@ -460,7 +467,8 @@ class Worker:
             raise refusal
         sockets = self._answer_fds
         self._answer_fds = []
-        return Shared(answer["listener"], parse_address(answer["address"]), sockets[0] if sockets else None)
+        address, sharing = parse_address(answer["address"]), Sharing(answer["sharing"])
+        return Shared(answer["listener"], address, sharing, sockets[0] if sockets else None)
 
     def _await_answer(self, question: int, what: str) -> dict[str, Any]:
         """Read the line until the answer is there; the rest waits for its reader."""

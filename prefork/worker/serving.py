@@ -28,6 +28,7 @@ from prefork.ipc.channel import Message
 from prefork.ipc.handoff import Verdict, decode_offers, encode_answer
 from prefork.log import AccessLog
 from prefork.net.forwarded import Forwarding, Trusted
+from prefork.net.sharing import Sharing
 from prefork.net.tls import PEM, RENEWAL_INTERVAL, TLS, TLSFiles
 from prefork.process.status import BOOT_FAILED, LOAD_FAILED
 from prefork.protocol.limits import Limits
@@ -109,6 +110,7 @@ def listen(worker: Worker, app: Any, bind: Any, keywords: Mapping[str, Any]) -> 
             raise ConfigError(f"{name} is a setting of the master: cluster.listen() runs in a worker")
     settings = Settings.load({"app": app, "bind": bind, "workers": 1, **keywords})
     wishes = {name: keywords[name] for name in ("sharing", "pick", "backlog") if name in keywords}
+    wishes["is_encrypted"] = bool(settings.certfile)
     tls = load_tls(settings)
     access_log = AccessLog.open(settings.access_log, settings.log_format)
     try:
@@ -223,17 +225,19 @@ class Serving:
 
     def _listen(self) -> None:
         settings = self._equipment.settings
-        proxies = Trusted.parse(settings.proxy_allow_ips) if settings.proxy_protocol else None
-        service = self._make_service()
-        gate = self._make_gate(service)
-        is_alone = self._equipment.is_alone or settings.sharing == "reuseport"
-        self._heartbeat = Heartbeat(self._loop, self._slot, None if gate is None else gate.survey)
-        self._server = Server(service, self._equipment.tls, proxies, is_alone=is_alone, gate=gate)
         if self._leaving.is_set():
             return
         try:
-            for bind in self._equipment.bind:
-                self._shared.append(self._worker.share(bind, **self._equipment.wishes))
+            self._shared = [self._worker.share(bind, **self._equipment.wishes) for bind in self._equipment.bind]
+        except OSError as error:
+            raise BootFailed(f"cannot accept connections: {error}", "", BOOT_FAILED) from error
+        service = self._make_service()
+        gate = self._make_gate(service)
+        self._heartbeat = Heartbeat(self._loop, self._slot, None if gate is None else gate.survey)
+        proxies = Trusted.parse(settings.proxy_allow_ips) if settings.proxy_protocol else None
+        is_alone = self._equipment.is_alone or self._is_shared_by(Sharing.REUSEPORT)
+        self._server = Server(service, self._equipment.tls, proxies, is_alone=is_alone, gate=gate)
+        try:
             self._server.open(shared.socket for shared in self._shared if shared.socket is not None)
         except OSError as error:
             raise BootFailed(f"cannot accept connections: {error}", "", BOOT_FAILED) from error
@@ -241,11 +245,15 @@ class Serving:
             self._loop.call_later(RENEWAL_INTERVAL, self._look_for_certificates)
         self._worker.tell_listening(self._shared, self._describe_application())
 
+    def _is_shared_by(self, sharing: Sharing) -> bool:
+        return all(shared.sharing is sharing for shared in self._shared)
+
     def _make_gate(self, service: Service) -> Gate | None:
         """None where nobody else accepts from our sockets, or it is not wanted."""
         settings = self._equipment.settings
         threads = None if self._application.interface is Interface.ASGI else self._threads
-        if not settings.accept_gate or settings.sharing != "inherit" or self._equipment.is_alone:
+        is_wanted = settings.accept_gate and not self._equipment.is_alone
+        if not is_wanted or not any(shared.sharing is Sharing.INHERIT for shared in self._shared):
             return None
         gate = Gate(
             self._loop,
@@ -373,10 +381,10 @@ class Serving:
         self.leave()
 
     async def _drain(self) -> None:
-        assert self._server is not None
         if self._threads is not None:
             self._threads.drain()
-        await self._server.drain(self._drain_timeout)
+        if self._server is not None:
+            await self._server.drain(self._drain_timeout)
         if self._threads is not None:
             # Of requests that were cut off: what they send next fails, and then they clean up.
             await self._threads.wait(THREADS_GRACE)

@@ -570,7 +570,7 @@ def test_a_cluster_that_stops_forks_no_more():
         master.until("online", worker=2)
         assert master.terminate() == 0
 
-    assert master.until("refused")["kind"] == "ClusterError"
+    assert master.until("refused")["kind"] == "ClusterStopping"
     assert master.told("fork", worker=3) == []
     assert master.until("returned")["code"] == 0
 

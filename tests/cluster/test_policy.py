@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefork.cluster.lifecycle import State, may_become
 from prefork.cluster.policy import (
     LONGEST_DELAY,
     SOUND_AFTER,
@@ -18,6 +17,7 @@ from prefork.cluster.policy import (
     cause_of,
     delay_after,
 )
+from prefork.process.lifecycle import State, may_become
 
 endings = st.one_of(
     st.builds(

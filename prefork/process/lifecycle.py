@@ -1,4 +1,4 @@
-"""The states of a worker as the master sees it, and the only ways between them.
+"""The states of a worker, and the only ways between them.
 
     FORKED -> ONLINE -> LISTENING -> DRAINING -> DISCONNECTED -> EXITED
 
