@@ -223,12 +223,15 @@ class Dispatcher:
     def _take_back(self, candidate: Candidate, offers: list[Offer]) -> None:
         """What *candidate* did not get waits again, in front of what came later."""
         candidate.given -= len(offers)
-        for offer in reversed(offers):
+        for offer in offers:
             del candidate.unacknowledged[offer.number]
             if offer.door in self._doors:
-                self._doors[offer.door].waiting.appendleft(offer)
+                self._doors[offer.door].waiting.append(offer)
             else:
                 os.close(offer.descriptor)
+        # Several messages may come back, the earlier one first.
+        for door in self._doors.values():
+            door.waiting = deque(sorted(door.waiting, key=attrgetter("number")))
 
 
 class Door:
